@@ -1,0 +1,134 @@
+// The operators fastpeft::butterfly_fwd and butterfly_bwd on CPU tensors. Schemas and fakes: fastpeft/ops/boft.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "cpu/boft_loops.h"
+#include "cpu/tensor.h"
+
+namespace fastpeft {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const ButterflyLoops& loops() {
+#define FASTPEFT_RETURN(isa) \
+  if (active_isa() == Isa::isa) return isa::butterfly;
+  FASTPEFT_FOR_EACH_ISA(FASTPEFT_RETURN)
+#undef FASTPEFT_RETURN
+  return baseline::butterfly;
+}
+
+ButterflyShape check_shape(const Tensor& x, const Tensor& blocks) {
+  check_cpu(x, "x");
+  check_cpu(blocks, "blocks");
+  STD_TORCH_CHECK(x.dim() == 2, "butterfly: x must have shape (tokens, features), got ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(blocks.dim() == 4 && blocks.size(2) == blocks.size(3) && blocks.size(0) > 0 && blocks.size(3) > 0,
+                  "butterfly: blocks must have shape (factors, features / b, b, b)");
+  STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Float, "butterfly: blocks must be float32");
+  const ButterflyShape shape{x.size(1), blocks.size(3), blocks.size(0), scalar_of(x, "x")};
+  STD_TORCH_CHECK(blocks.size(1) * shape.block == shape.features, "butterfly: blocks cover ",
+                  blocks.size(1) * shape.block, " features, x has ", shape.features);
+  STD_TORCH_CHECK(shape.factors == 1 || (shape.block % 2 == 0 && shape.factors < 32 &&
+                                         shape.features % (shape.block << (shape.factors - 1)) == 0),
+                  "butterfly: ", shape.factors, " factors of block size ", shape.block, " do not fit ",
+                  shape.features, " features");
+  return shape;
+}
+
+// Splits the features into ranges of whole windows: at most about 256 features, so that a chunk of tokens stays in
+// the first-level cache, and enough of them that every thread has work.
+int64_t range_features(const ButterflyShape& shape, int64_t wanted_ranges) {
+  constexpr int64_t kCacheFeatures = 256;
+  const int64_t window = shape.block << (shape.factors - 1);
+  const int64_t wanted = std::min(kCacheFeatures, shape.features / std::max<int64_t>(wanted_ranges, 1));
+  return std::max(window, wanted / window * window);
+}
+
+// A task is worth handing to another thread from about this many multiply-adds on.
+constexpr int64_t kGrainWork = 1 << 16;
+
+Tensor butterfly_fwd(const Tensor& x_any, const Tensor& blocks_any) {
+  const ButterflyShape shape = check_shape(x_any, blocks_any);
+  const Tensor x = with_contiguous_rows(x_any);
+  const Tensor blocks = torch::stable::contiguous(blocks_any);
+  const int64_t tokens = x.size(0), d = shape.features;
+  Tensor y = torch::stable::new_empty(x, {tokens, d});
+  if (tokens == 0 || d == 0) return y;
+
+  const int64_t token_tasks = (tokens + kButterflyTokens - 1) / kButterflyTokens;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t count = range_features(shape, token_tasks >= threads ? 1 : threads);
+  const int64_t ranges = (d + count - 1) / count;
+  const int64_t work = std::min(tokens, kButterflyTokens) * count * shape.block * shape.factors;
+  const int64_t element = x.element_size();
+  const char* x_data = static_cast<const char*>(x.const_data_ptr());
+  char* y_data = static_cast<char*>(y.mutable_data_ptr());
+  const float* q = static_cast<const float*>(blocks.const_data_ptr());
+  const int64_t x_stride = x.stride(0);
+
+  torch::stable::parallel_for(
+      0, token_tasks * ranges, 1 + kGrainWork / work, [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(butterfly_scratch_floats(shape, {0, count}, 1));
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t first_token = task / ranges * kButterflyTokens;
+          const int64_t first = task % ranges * count;
+          loops().fwd(shape, {first, std::min(count, d - first)}, std::min(kButterflyTokens, tokens - first_token),
+                      x_data + first_token * x_stride * element, x_stride, q,
+                      y_data + first_token * d * element, d, scratch.data());
+        }
+      });
+  return y;
+}
+
+// Tasks own ranges of features with all their tokens, so every block gradient has one owner and one order of
+// addition, whatever the number of threads.
+std::tuple<Tensor, Tensor> butterfly_bwd(const Tensor& grad_any, const Tensor& x_any, const Tensor& blocks_any,
+                                         bool need_x, bool need_blocks) {
+  const ButterflyShape shape = check_shape(x_any, blocks_any);
+  check_cpu(grad_any, "grad");
+  STD_TORCH_CHECK(grad_any.dim() == 2 && grad_any.size(0) == x_any.size(0) && grad_any.size(1) == x_any.size(1) &&
+                      grad_any.scalar_type() == x_any.scalar_type(),
+                  "butterfly: grad must have the shape and dtype of x");
+  const Tensor x = with_contiguous_rows(x_any);
+  const Tensor grad = with_contiguous_rows(grad_any);
+  const Tensor blocks = torch::stable::contiguous(blocks_any);
+  const int64_t tokens = x.size(0), d = shape.features;
+  Tensor dx = torch::stable::new_empty(x, {need_x ? tokens : 0, d});
+  Tensor dblocks = torch::stable::new_zeros(blocks, {need_blocks ? shape.factors : 0, blocks.size(1), shape.block, shape.block});
+  if (tokens == 0 || d == 0 || (!need_x && !need_blocks)) return {dx, dblocks};
+
+  const int64_t count = range_features(shape, torch::stable::get_num_threads());
+  const int64_t ranges = (d + count - 1) / count;
+  const int64_t work = 3 * tokens * count * shape.block * shape.factors;
+  const int64_t pages = need_blocks ? shape.factors + 1 : 1;
+  const void* grad_data = grad.const_data_ptr();
+  const void* x_data = x.const_data_ptr();
+  const float* q = static_cast<const float*>(blocks.const_data_ptr());
+  void* dx_data = need_x ? dx.mutable_data_ptr() : nullptr;
+  float* dq = need_blocks ? static_cast<float*>(dblocks.mutable_data_ptr()) : nullptr;
+  const int64_t grad_stride = grad.stride(0), x_stride = x.stride(0);
+
+  torch::stable::parallel_for(0, ranges, 1 + kGrainWork / work, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(butterfly_scratch_floats(shape, {0, count}, pages));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task * count;
+      loops().bwd(shape, {first, std::min(count, d - first)}, tokens, grad_data, grad_stride, x_data, x_stride, q,
+                  dx_data, d, dq, scratch.data());
+    }
+  });
+  return {dx, dblocks};
+}
+
+}  // namespace
+}  // namespace fastpeft
+
+STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) {
+  m.impl("butterfly_fwd", TORCH_BOX(&fastpeft::butterfly_fwd));
+  m.impl("butterfly_bwd", TORCH_BOX(&fastpeft::butterfly_bwd));
+}

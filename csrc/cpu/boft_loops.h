@@ -1,0 +1,57 @@
+// The butterfly product's loops on raw pointers, compiled per instruction set (see cpu/isa.h).
+#pragma once
+
+#include <stdint.h>
+
+#include "common/half.h"
+#include "cpu/isa.h"
+
+namespace fastpeft {
+
+// Tokens that one pass of the loops holds in scratch. Fixed, because the order in which block gradients are added
+// up depends on it and results must not depend on the number of threads.
+constexpr int64_t kButterflyTokens = 16;
+
+struct ButterflyShape {
+  int64_t features;    // d
+  int64_t block;       // b
+  int64_t factors;     // m
+  Scalar scalar;       // of x, y and their gradients; blocks and their gradients are float32
+};
+
+// Features [first, first + count) make up whole windows of b * 2^(m-1) features: nothing crosses their border.
+struct ButterflyRange {
+  int64_t first;
+  int64_t count;
+};
+
+// Scratch for a number of pages, each a chunk of rows of the range, and for one block row.
+static inline int64_t butterfly_scratch_floats(const ButterflyShape& shape, ButterflyRange range, int64_t pages) {
+  return shape.block + pages * kButterflyTokens * range.count;
+}
+
+struct ButterflyLoops {
+  // y[t, range] = (x R)[t, range] for the given tokens. scratch: butterfly_scratch_floats(shape, range, 1).
+  void (*fwd)(const ButterflyShape& shape, ButterflyRange range, int64_t tokens,
+              const void* x, int64_t x_stride,   // [tokens, d], elements between rows
+              const float* blocks,               // [m, d/b, b, b]
+              void* y, int64_t y_stride,         // [tokens, d]
+              float* scratch);
+  // dx (or null) and, added up over the tokens, dblocks (or null). scratch: butterfly_scratch_floats(shape, range, m + 1).
+  void (*bwd)(const ButterflyShape& shape, ButterflyRange range, int64_t tokens,
+              const void* grad, int64_t grad_stride,  // [tokens, d]
+              const void* x, int64_t x_stride,        // [tokens, d]
+              const float* blocks,                    // [m, d/b, b, b]
+              void* dx, int64_t dx_stride,            // [tokens, d]
+              float* dblocks,                         // [m, d/b, b, b], zeros at the start
+              float* scratch);
+};
+
+#define FASTPEFT_DECLARE(isa)              \
+  namespace isa {                          \
+  extern const ButterflyLoops butterfly;   \
+  }
+FASTPEFT_FOR_EACH_ISA(FASTPEFT_DECLARE)
+#undef FASTPEFT_DECLARE
+
+}  // namespace fastpeft

@@ -1,0 +1,201 @@
+"""Which implementation of an operator runs, and what this installation holds.
+
+Four implementations can exist of an operator:
+
+- ``reference``: the paper's formula in plain PyTorch, dense and slow, differentiated by autograd. Always there.
+- ``torch``: the fast form composed of PyTorch operations. Always there, on every device and dtype.
+- ``native``: compiled kernels, C++ on CPU tensors and CUDA C++ on CUDA tensors. Registered as ``torch.ops.fastpeft``.
+- ``triton``: Triton kernels on CUDA tensors, and on CPU tensors under ``TRITON_INTERPRET=1`` for tests. Registered as
+  ``torch.ops.fastpeft_triton``.
+
+An operator picks one per call from device and dtype, the first that can take the tensors in its own order of
+preference. ``use_backend`` or the environment variable ``FASTPEFT_BACKEND`` force one, and then an operator that does
+not have it, or cannot run it on these tensors, raises instead of falling back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "torch", "native", "triton")
+
+# One library for each lane that registers operators. Both hold the same schemas and the same fakes.
+_LIBRARIES = {
+    "native": torch.library.Library("fastpeft", "DEF"),
+    "triton": torch.library.Library("fastpeft_triton", "DEF"),
+}
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    try:
+        from fastpeft import _C
+    except ImportError as error:
+        if importlib.util.find_spec("fastpeft._C") is None:
+            return None, "not built: install fastpeft with a C++ compiler at hand"
+        warnings.warn(f"fastpeft._C was built but does not load, so slower code runs: {error}", stacklevel=2)
+        return None, f"does not load: {error}"
+    return _C, "loaded"
+
+
+extension, extension_status = _load_extension()
+
+
+def _check_name(name: str | None, source: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_forced: str | None = _check_name(os.environ.get("FASTPEFT_BACKEND") or None, "FASTPEFT_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Forces one backend for every operator called inside, in all threads; None gives the choice back.
+
+    Raises:
+        ValueError: the name is not a backend.
+    """
+    global _forced
+    previous, _forced = _forced, _check_name(name, "backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_available() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _native_unavailable(op: Operator, x: Tensor) -> str | None:
+    if x.dtype not in op.dtypes:
+        return f"takes {', '.join(str(dtype) for dtype in op.dtypes)}, not {x.dtype}"
+    if not _has_kernel(f"fastpeft::{op.name}", x.device.type):
+        return f"no compiled kernel for {x.device.type} tensors (extension {extension_status})"
+    return None
+
+
+def _triton_unavailable(op: Operator, x: Tensor) -> str | None:
+    if x.dtype not in op.dtypes:
+        return f"takes {', '.join(str(dtype) for dtype in op.dtypes)}, not {x.dtype}"
+    if not triton_available():
+        return "triton is not installed"
+    if not (x.is_cuda or (interpreting() and x.device.type == "cpu")):
+        return f"takes CUDA tensors, or CPU tensors under TRITON_INTERPRET=1, not {x.device.type} tensors"
+    return None
+
+
+_HAS_KERNEL: dict[tuple[str, str], bool] = {}
+
+
+def _has_kernel(name: str, device: str) -> bool:
+    # Remembered only once true: kernels register while the extension loads, and are not taken away again.
+    key = (name, device)
+    if key not in _HAS_KERNEL:
+        dispatch_key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+        found = dispatch_key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, dispatch_key)
+        if not found:
+            return False
+        _HAS_KERNEL[key] = True
+    return True
+
+
+_UNAVAILABLE: dict[str, Callable[[Operator, Tensor], str | None]] = {
+    "native": _native_unavailable,
+    "triton": _triton_unavailable,
+}
+
+
+@dataclass
+class Operator:
+    """An operator: its schema, its fake, and the order in which its implementations are tried.
+
+    Args:
+        schema: the operator's name and signature as PyTorch writes them.
+        fake: computes empty outputs of the right shape, dtype and device.
+        order: backends by preference, for example ``("native", "torch")``; ``reference`` and ``torch`` need not have an
+            operator, the caller runs them itself.
+        dtypes: what the compiled lanes take for the first tensor.
+    """
+
+    schema: str
+    fake: Callable
+    order: Sequence[str]
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = self.schema.partition("(")[0]
+        for lane in _LIBRARIES:
+            if lane in self.order:
+                _LIBRARIES[lane].define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+                torch.library.register_fake(f"{_LIBRARIES[lane].ns}::{self.name}", self.fake, lib=_LIBRARIES[lane])
+        OPERATORS[self.name] = self
+
+    def implement_triton(self, launcher: Callable) -> None:
+        """Registers the Triton lane, for CUDA tensors and for the interpreter's CPU tensors."""
+        for key in ("CUDA", "CPU"):
+            _LIBRARIES["triton"].impl(self.name, launcher, key)
+
+    def choose(self, x: Tensor) -> str:
+        """The backend that runs for these tensors.
+
+        Raises:
+            RuntimeError: a backend was forced that this operator lacks or that cannot take the tensors.
+        """
+        if _forced is None:
+            for backend in self.order:
+                # In interpreter mode the kernels are for tests, which ask for them by name.
+                if backend == "triton" and not x.is_cuda:
+                    continue
+                if backend not in _UNAVAILABLE or _UNAVAILABLE[backend](self, x) is None:
+                    return backend
+        elif _forced not in (*self.order, "reference"):
+            raise RuntimeError(f"backend {_forced!r} was asked for, but {self.name} has only {', '.join(self.order)}")
+        elif _forced in _UNAVAILABLE and (reason := _UNAVAILABLE[_forced](self, x)) is not None:
+            raise RuntimeError(f"backend {_forced!r} was asked for, but cannot run {self.name}: {reason}")
+        else:
+            return _forced
+        return "torch"
+
+    def call(self, backend: str, *args):
+        """Calls the operator in one of the compiled lanes."""
+        return getattr(getattr(torch.ops, _LIBRARIES[backend].ns), self.name)(*args)
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What can run here: for each operator and backend "yes", or the reason why not.
+
+    Asked for a float32 tensor on the CPU and, where there is a GPU, on CUDA: keys are ``"<operator> (cpu)"`` and
+    ``"<operator> (cuda)"``.
+    """
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    table = {}
+    for name, operator in OPERATORS.items():
+        for device in devices:
+            probe = torch.empty(0, device=device)
+            row = {"reference": "yes", "torch": "yes"}
+            for backend, unavailable in _UNAVAILABLE.items():
+                lacking = None if backend in operator.order else "not written for this operator"
+                row[backend] = lacking or unavailable(operator, probe) or "yes"
+            row["chosen"] = operator.choose(probe)
+            table[f"{name} ({device})"] = row
+    return table

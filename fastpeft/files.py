@@ -1,0 +1,94 @@
+"""Adapter folders on disk: ``adapter_model.safetensors`` and ``adapter_config.json``, written whole or not at all.
+
+Nothing is ever unpickled. This file knows folders and bytes; what the tensors mean is ``model.py``'s business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def write_folder(folder: str | os.PathLike, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes both files. Each is written beside its final place and moved there in one step, so an interruption leaves
+    the previous file intact.
+
+    Raises:
+        ValueError: the folder is a file.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"folder must name a folder, got the file {str(path)!r}")
+    path.mkdir(parents=True, exist_ok=True)
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    _replace(path / TENSORS, save(plain, metadata={"format": "pt"}))
+    _replace(path / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_folder(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration's values and the tensors, on the CPU.
+
+    Raises:
+        FileNotFoundError: one of the two files is not there.
+        ValueError: one of them is truncated or not what its name says.
+    """
+    path = Path(folder)
+    for name in (CONFIG, TENSORS):
+        if not (path / name).is_file():
+            hint = " (pickled .bin files are not read)" if (path / "adapter_model.bin").exists() else ""
+            raise FileNotFoundError(f"folder {str(path)!r} has no {name}{hint}")
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path / CONFIG} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / CONFIG} must hold a JSON object, got {type(config).__name__}")
+    try:
+        tensors = load_file(path / TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path / TENSORS} is truncated or not a safetensors file: {error}") from error
+    return config, tensors
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    """Checks a file's tensors against the parameters they are meant for.
+
+    Raises:
+        ValueError: some are missing, too many, of another shape, of the wrong kind or not finite; all are named.
+    """
+    problems = [f"{key} is missing" for key in sorted(expected.keys() - found.keys())]
+    problems += [f"{key} is not expected" for key in sorted(found.keys() - expected.keys())]
+    for key in sorted(expected.keys() & found.keys()):
+        tensor, wanted = found[key], expected[key]
+        if tensor.shape != wanted.shape:
+            problems.append(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(wanted.shape)}")
+        elif tensor.dtype.is_floating_point != wanted.dtype.is_floating_point:
+            problems.append(f"{key} has dtype {tensor.dtype}, expected {wanted.dtype}")
+        elif tensor.dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+            problems.append(f"{key} holds values that are not finite")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"{source}: {shown}")

@@ -1,0 +1,102 @@
+"""What a method declares about itself, so that layers, models and files need to know no method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.config import AdapterConfig
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place for an adapter: a layer's path in the model, its sizes, and where its parameters are to live."""
+
+    path: str
+    in_features: int
+    out_features: int
+    device: torch.device
+    dtype: torch.dtype  # of the adapter's parameters
+
+    def error(self, message: str) -> ValueError:
+        return ValueError(f"layer {self.path!r} ({self.in_features} -> {self.out_features}): {message}")
+
+
+class Adapter(nn.Module):
+    """The parameters of one adapter on one layer, and its part of ``y = post(W · pre(x) + b) + delta(x)``.
+
+    A method either adds a delta (``delta``, ``delta_weight``) or rotates (``pre``, ``post``, ``rotate_weight``, and
+    ``rotates`` set). ``linear`` is the whole equation for a single adapter over a frozen matrix, in one operator.
+    """
+
+    config_class: ClassVar[type[AdapterConfig]]
+    rotates: ClassVar[bool] = False
+    # Parameter name -> the end of its key in PEFT's files.
+    file_keys: ClassVar[Mapping[str, str]]
+
+    def __init__(self, config: AdapterConfig, site: Site) -> None:
+        super().__init__()
+        self.config = config
+        self.path = site.path
+        self.in_features, self.out_features = site.in_features, site.out_features
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def delta(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def delta_weight(self) -> Tensor:
+        """ΔW, (out, in), in the dtype of the parameters or wider."""
+        raise NotImplementedError
+
+    def pre(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def post(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def rotate_weight(self, weight: Tensor) -> Tensor:
+        """The weight that does what ``pre`` and ``post`` do around W, (out, in)."""
+        raise NotImplementedError
+
+    # For several layers at once: building, writing and reading. Most methods treat every layer alone.
+
+    @classmethod
+    def build(cls, config: Any, sites: Sequence[Site]) -> list[Adapter]:
+        """One adapter for each site.
+
+        Raises:
+            ValueError: the configuration does not fit a site; the message names it.
+        """
+        return [cls(config, site) for site in sites]
+
+    @classmethod
+    def pack(cls, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+        """The tensors of a file: PEFT's keys."""
+        return {
+            f"base_model.model.{adapter.path}.{key}": getattr(adapter, name)
+            for adapter in adapters
+            for name, key in cls.file_keys.items()
+        }
+
+    @classmethod
+    def reconcile(cls, config: Any, tensors: Mapping[str, Tensor]) -> Any:
+        """The configuration that a file's tensors were really made with, where that can differ from what it says."""
+        return config
+
+    @classmethod
+    def check_file(cls, adapters: Sequence[Adapter], tensors: Mapping[str, Tensor], source: str) -> None:
+        """Raises ValueError for values in a file's tensors (of the right keys and shapes) that would do harm."""
+
+
+def make_dropout(p: float) -> nn.Module:
+    return nn.Dropout(p) if p > 0 else nn.Identity()
+
+
+def dropout_active(dropout: nn.Module) -> bool:
+    return dropout.training and isinstance(dropout, nn.Dropout)

@@ -1,0 +1,145 @@
+"""BOFT: orthogonal butterfly factors (Liu et al., ICLR 2024, arXiv 2311.06243). With one factor it is OFT."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft import reference
+from fastpeft.config import AdapterConfig, require_int, require_probability
+from fastpeft.nn.adapter import Adapter, Site
+from fastpeft.nn.linear import AdaptedLinear
+from fastpeft.ops.boft import (
+    boft_blocks,
+    butterfly,
+    butterfly_misfit,
+    butterfly_transposed,
+    rotated_linear,
+    scale_rows,
+)
+
+
+@dataclass(kw_only=True)
+class BOFTConfig(AdapterConfig):
+    """``y = ((x R) Wᵀ) ⊙ s + b`` with R a product of butterfly factors.
+
+    Args:
+        boft_block_size: b, the size of the orthogonal blocks; must divide in_features. Give this or boft_block_num.
+        boft_block_num: the number of blocks in a factor, in_features / b.
+        boft_n_butterfly_factor: m, the number of factors; in_features must be a multiple of b · 2^(m−1).
+        boft_dropout: multiplicative dropout: while training, this share of the blocks of one random factor is the
+            identity.
+        init_weights: True: R is the identity and s is one. False: random, so that the adapter changes the model at once.
+    """
+
+    peft_type: ClassVar[str] = "BOFT"
+
+    boft_block_size: int = 4
+    boft_block_num: int = 0
+    boft_n_butterfly_factor: int = 1
+    boft_dropout: float = 0.0
+    init_weights: bool = True
+
+    def check(self) -> None:
+        require_int("boft_block_size", self.boft_block_size, 0)
+        require_int("boft_block_num", self.boft_block_num, 0)
+        if (self.boft_block_size == 0) == (self.boft_block_num == 0):
+            raise ValueError(
+                "one of boft_block_size and boft_block_num must be positive and the other 0, got "
+                f"{self.boft_block_size} and {self.boft_block_num}"
+            )
+        require_int("boft_n_butterfly_factor", self.boft_n_butterfly_factor, 1)
+        require_probability("boft_dropout", self.boft_dropout)
+
+
+class BOFTAdapter(Adapter):
+    config_class = BOFTConfig
+    rotates = True
+    file_keys: ClassVar = {"boft_R": "boft_R", "boft_s": "boft_s"}
+
+    def __init__(self, config: BOFTConfig, site: Site) -> None:
+        super().__init__(config, site)
+        features, factors = site.in_features, config.boft_n_butterfly_factor
+        if config.boft_block_num:
+            if features % config.boft_block_num:
+                raise site.error(f"boft_block_num={config.boft_block_num} does not divide its in_features, {features}")
+            block_size = features // config.boft_block_num
+        else:
+            block_size = config.boft_block_size
+        if reason := butterfly_misfit(features, block_size, factors):
+            raise site.error(f"boft_block_size={block_size}, boft_n_butterfly_factor={factors}: {reason}")
+        self.dropout_p = config.boft_dropout
+        options = {"device": site.device, "dtype": site.dtype}
+        self.boft_R = nn.Parameter(torch.zeros(factors, features // block_size, block_size, block_size, **options))
+        self.boft_s = nn.Parameter(torch.ones(site.out_features, 1, **options))
+        if not config.init_weights:
+            nn.init.normal_(self.boft_R, std=0.1)
+            nn.init.normal_(self.boft_s, mean=1.0, std=0.1)
+        self._cached: tuple[Tensor, Tensor] | None = None  # boft_R as it was, and its blocks
+
+    @classmethod
+    def reconcile(cls, config: BOFTConfig, tensors: Mapping[str, Tensor]) -> BOFTConfig:
+        """PEFT falls back to one factor where its CUDA helper does not build, and its file goes on naming more."""
+        factors = {t.shape[0] for key, t in tensors.items() if key.endswith(".boft_R") and t.dim() == 4}
+        if factors == {1} and config.boft_n_butterfly_factor > 1:
+            warnings.warn(
+                f"the file says boft_n_butterfly_factor={config.boft_n_butterfly_factor}, but its tensors have one factor, "
+                "as PEFT trains where its CUDA helper does not build: loaded with one factor",
+                stacklevel=4,
+            )
+            return BOFTConfig(**{**vars(config), "boft_n_butterfly_factor": 1})
+        return config
+
+    def blocks(self) -> Tensor:
+        """The orthogonal blocks, (m, in / b, b, b), with dropout while training."""
+        wants_gradient = torch.is_grad_enabled() and self.boft_R.requires_grad
+        if self.training and self.dropout_p > 0:
+            return self._drop(boft_blocks(self.boft_R))
+        if wants_gradient or self.boft_R.device.type != "cpu" or torch.compiler.is_compiling():
+            return boft_blocks(self.boft_R)
+        # Comparing the numbers themselves is far cheaper than the Cayley transform and cannot miss a change, however it
+        # was made: in place, through .data, by loading or by moving. On a GPU it would make the host wait.
+        R = self.boft_R.detach()
+        if self._cached is None or self._cached[0].dtype != R.dtype or not torch.equal(self._cached[0], R):
+            self._cached = (R.clone(), boft_blocks(R))
+        return self._cached[1]
+
+    def _drop(self, blocks: Tensor) -> Tensor:
+        """int(p · blocks) blocks of one factor become the identity. Draws what PEFT draws, in the same order."""
+        factors, n_blocks, block_size, _ = blocks.shape
+        factor = torch.randint(0, factors, (1,))
+        dropped = torch.randperm(n_blocks) < int(self.dropout_p * n_blocks)
+        mask = (torch.arange(factors) == factor)[:, None] & dropped
+        identity = torch.eye(block_size, dtype=blocks.dtype, device=blocks.device)
+        return torch.where(mask.to(blocks.device)[:, :, None, None], identity, blocks)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return rotated_linear(x, weight, bias, self.blocks(), self.boft_s)
+
+    def pre(self, x: Tensor) -> Tensor:
+        return butterfly(x, self.blocks())
+
+    def post(self, y: Tensor) -> Tensor:
+        return scale_rows(y, self.boft_s, None)
+
+    def rotate_weight(self, weight: Tensor) -> Tensor:
+        # x R Wᵀ = x (W Rᵀ)ᵀ: the rows of W go through the transposed product.
+        return butterfly_transposed(weight, boft_blocks(self.boft_R)) * self.boft_s
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+    def extra_repr(self) -> str:
+        factors, n_blocks, block_size, _ = self.boft_R.shape
+        return f"block_size={block_size}, blocks={n_blocks}, factors={factors}"
+
+
+class BOFTLinear(AdaptedLinear):
+    """An ``nn.Linear`` with a BOFT adapter: ``BOFTLinear.from_linear(linear, BOFTConfig(boft_block_size=8))``."""
+
+    adapter_class = BOFTAdapter

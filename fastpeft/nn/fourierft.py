@@ -1,0 +1,125 @@
+"""FourierFT (Gao et al., ICML 2024, arXiv 2405.03003), with PEFT's places and scaling."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.config import AdapterConfig, require_finite, require_int, value_for
+from fastpeft.nn.adapter import Adapter, Site
+from fastpeft.nn.linear import AdaptedLinear
+from fastpeft.ops.fourierft import Bags, Tables, fourier_linear_with, fourier_weight, make_tables
+
+
+@dataclass(kw_only=True)
+class FourierFTConfig(AdapterConfig):
+    """``ΔW = α · Re ifft2(S)`` with n trained entries in S.
+
+    Args:
+        n_frequency: n; at most in_features · out_features.
+        scaling: α.
+        random_loc_seed: of the places of the n entries, which all layers of one shape share.
+        init_weights: True: a zero spectrum, so that a fresh adapter changes nothing. False: standard normal (PEFT's own
+            default).
+        n_frequency_pattern: module path or regular expression -> another n.
+    """
+
+    peft_type: ClassVar[str] = "FOURIERFT"
+
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    random_loc_seed: int = 777
+    init_weights: bool = True
+    n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+
+    def check(self) -> None:
+        require_int("n_frequency", self.n_frequency, 1)
+        require_finite("scaling", self.scaling)
+        require_int("random_loc_seed", self.random_loc_seed, 0)
+        for key, n in self.n_frequency_pattern.items():
+            require_int(f"n_frequency_pattern[{key!r}]", n, 1)
+
+
+class FourierPlaces:
+    """The places of one shape and seed, and the operator's tables for them on every device where they are used.
+
+    Layers and models share one object, made by :func:`places_for`. Nothing here is saved: the seed says it all.
+    """
+
+    def __init__(self, shape: tuple[int, int], n: int, seed: int) -> None:
+        self.shape, self.n, self.seed = shape, n, seed
+        # PEFT's choice: the first n of a seeded permutation of all places.
+        generator = torch.Generator().manual_seed(seed)
+        places = torch.randperm(shape[0] * shape[1], generator=generator, device="cpu")[:n]
+        rows, cols = places // shape[1], places % shape[1]
+        self._on = {torch.device("cpu"): (rows, cols, make_tables(rows, cols, shape))}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tables]:
+        """Rows, columns and tables on a device."""
+        if device not in self._on:
+            rows, cols, tables = self._on[torch.device("cpu")]
+            moved = Tables(*(Bags(*(tensor.to(device) for tensor in bags)) for bags in tables))
+            self._on[device] = (rows.to(device), cols.to(device), moved)
+        return self._on[device]
+
+    def __deepcopy__(self, memo: dict) -> FourierPlaces:
+        return self
+
+    def __reduce__(self):
+        return places_for, (self.shape, self.n, self.seed)
+
+
+# Shared for as long as one layer lives that uses them.
+_PLACES: weakref.WeakValueDictionary[tuple, FourierPlaces] = weakref.WeakValueDictionary()
+
+
+def places_for(shape: tuple[int, int], n: int, seed: int) -> FourierPlaces:
+    """The shared places for a (out, in) spectrum."""
+    key = (shape, n, seed)
+    places = _PLACES.get(key)
+    if places is None:
+        places = _PLACES[key] = FourierPlaces(shape, n, seed)
+    return places
+
+
+class FourierFTAdapter(Adapter):
+    config_class = FourierFTConfig
+    file_keys: ClassVar = {"spectrum": "fourierft_spectrum"}
+
+    def __init__(self, config: FourierFTConfig, site: Site) -> None:
+        super().__init__(config, site)
+        self.n = value_for(site.path, config.n_frequency_pattern, config.n_frequency)
+        entries = site.in_features * site.out_features
+        if self.n > entries:
+            raise site.error(f"n_frequency must be at most in_features * out_features = {entries}, got {self.n}")
+        self.scaling = config.scaling
+        shape = (site.out_features, site.in_features)
+        self.places = places_for(shape, self.n, config.random_loc_seed)
+        start = torch.zeros if config.init_weights else torch.randn
+        self.spectrum = nn.Parameter(start(self.n, device=site.device, dtype=site.dtype))
+
+    def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        rows, cols, tables = self.places.on(x.device)
+        return fourier_linear_with(
+            x, weight, bias, self.spectrum, tables, rows, cols, self.places.shape, self.scaling
+        )
+
+    def delta(self, x: Tensor) -> Tensor:
+        return self.linear(x, None, None)
+
+    def delta_weight(self) -> Tensor:
+        rows, cols, _ = self.places.on(self.spectrum.device)
+        return fourier_weight(self.spectrum, rows, cols, self.places.shape, self.scaling)
+
+    def extra_repr(self) -> str:
+        return f"n_frequency={self.n}, scaling={self.scaling:g}"
+
+
+class FourierFTLinear(AdaptedLinear):
+    """An ``nn.Linear`` with a FourierFT adapter: ``FourierFTLinear.from_linear(linear, FourierFTConfig())``."""
+
+    adapter_class = FourierFTAdapter

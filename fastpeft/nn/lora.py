@@ -1,0 +1,94 @@
+"""LoRA (Hu et al., ICLR 2022, arXiv 2106.09685) and rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft import reference
+from fastpeft.config import AdapterConfig, require_finite, require_int, require_probability, value_for
+from fastpeft.nn.adapter import Adapter, Site, dropout_active, make_dropout
+from fastpeft.nn.linear import AdaptedLinear
+from fastpeft.ops.lora import lora_linear
+
+
+@dataclass(kw_only=True)
+class LoraConfig(AdapterConfig):
+    """``W + s · B A`` with s = lora_alpha / r, or lora_alpha / √r for rsLoRA.
+
+    Args:
+        r: the rank.
+        lora_alpha: the numerator of the scaling.
+        lora_dropout: probability of dropping an entry of the adapter's input while training.
+        use_rslora: scale by √r instead of r.
+        init_lora_weights: True: A uniform, B zero. "gaussian": A normal with standard deviation 1 / r, B zero. False:
+            both uniform, so that the adapter changes the model from the start.
+        rank_pattern: module path or regular expression -> another rank.
+        alpha_pattern: module path or regular expression -> another lora_alpha.
+    """
+
+    peft_type: ClassVar[str] = "LORA"
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        require_int("r", self.r, 1)
+        require_finite("lora_alpha", self.lora_alpha)
+        require_probability("lora_dropout", self.lora_dropout)
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}")
+        for key, rank in self.rank_pattern.items():
+            require_int(f"rank_pattern[{key!r}]", rank, 1)
+        for key, alpha in self.alpha_pattern.items():
+            require_finite(f"alpha_pattern[{key!r}]", alpha)
+
+
+class LoRAAdapter(Adapter):
+    config_class = LoraConfig
+    file_keys: ClassVar = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+
+    def __init__(self, config: LoraConfig, site: Site) -> None:
+        super().__init__(config, site)
+        self.r = value_for(site.path, config.rank_pattern, config.r)
+        alpha = value_for(site.path, config.alpha_pattern, config.lora_alpha)
+        self.scaling = reference.lora.lora_scaling(self.r, alpha, config.use_rslora)
+        self.dropout = make_dropout(config.lora_dropout)
+        options = {"device": site.device, "dtype": site.dtype}
+        self.lora_A = nn.Parameter(torch.empty(self.r, site.in_features, **options))
+        self.lora_B = nn.Parameter(torch.zeros(site.out_features, self.r, **options))
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if config.init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if dropout_active(self.dropout):
+            return nn.functional.linear(x, weight, bias) + self.delta(x)
+        return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling)
+
+    def delta(self, x: Tensor) -> Tensor:
+        return lora_linear(self.dropout(x), None, None, self.lora_A, self.lora_B, self.scaling)
+
+    def delta_weight(self) -> Tensor:
+        return reference.lora.lora_weight(self.lora_A, self.lora_B, self.scaling)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}"
+
+
+class LoRALinear(AdaptedLinear):
+    """An ``nn.Linear`` with a LoRA adapter: ``LoRALinear.from_linear(linear, LoraConfig(r=16))``."""
+
+    adapter_class = LoRAAdapter

@@ -1,0 +1,186 @@
+"""MoS, Mixture of Shards (ICLR 2025, arXiv 2410.00938): LoRA matrices assembled from pools that layers share.
+
+The layers of one kind (the same last part of the path, the same sizes) share a pool for A and one for B. With L layers,
+l shards per vector and pool rank e, a pool has e · L · l shards. The last p · L · l are private: layer i owns its p · l.
+The rest is public, and each layer draws the shards of its other r − p rows from it without replacement. A and B draw
+independently. All draws come from ``seed`` and the kind's name, on the CPU, whatever the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft import reference
+from fastpeft.config import AdapterConfig, require_finite, require_int, require_probability
+from fastpeft.nn.adapter import Adapter, Site, dropout_active, make_dropout
+from fastpeft.nn.linear import AdaptedLinear
+from fastpeft.ops.mos import check_index, mos_linear
+
+
+@dataclass(kw_only=True)
+class MosConfig(AdapterConfig):
+    """LoRA of rank r with the parameters of a LoRA of rank ``pool_rank`` in every layer.
+
+    Args:
+        r: the active rank of a layer.
+        pool_rank: e, the rank that the pool's parameters would pay for.
+        shards_per_vector: l, into how many shards a row of A and a column of B are cut.
+        private_rank: p, how many of a layer's rows use shards that no other layer reads.
+        seed: of the draw of shards.
+        lora_alpha: the scaling is lora_alpha / r.
+        lora_dropout: probability of dropping an entry of the adapter's input while training.
+        init_weights: True: B starts at zero. False: uniform like A, so that the adapter changes the model at once.
+    """
+
+    peft_type: ClassVar[str] = "MOS"
+
+    r: int = 8
+    pool_rank: int = 2
+    shards_per_vector: int = 4
+    private_rank: int = 1
+    seed: int = 0
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    init_weights: bool = True
+
+    def check(self) -> None:
+        require_int("r", self.r, 1)
+        require_int("pool_rank", self.pool_rank, 1)
+        require_int("shards_per_vector", self.shards_per_vector, 1)
+        require_int("private_rank", self.private_rank, 0)
+        require_int("seed", self.seed, 0)
+        require_finite("lora_alpha", self.lora_alpha)
+        require_probability("lora_dropout", self.lora_dropout)
+        if self.private_rank > min(self.r, self.pool_rank):
+            least = min(self.r, self.pool_rank)
+            raise ValueError(f"private_rank must be at most min(r, pool_rank) = {least}, got {self.private_rank}")
+
+
+def draw_index(config: MosConfig, n_layers: int, kind: str, side: str) -> Tensor:
+    """Which shards each layer of a kind reads, (L, r, l), int64. The last p rows are the private ones."""
+    shards, r, private = config.shards_per_vector, config.r, config.private_rank
+    public_shards = (config.pool_rank - private) * n_layers * shards
+    # A stable hash: Python's own differs from process to process.
+    digest = hashlib.sha256(f"{config.seed}/{kind}/{side}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    index = torch.empty(n_layers, r, shards, dtype=torch.int64)
+    for layer in range(n_layers):
+        drawn = torch.randperm(public_shards, generator=generator)[: (r - private) * shards]
+        index[layer, : r - private] = drawn.reshape(r - private, shards)
+        first = public_shards + layer * private * shards
+        index[layer, r - private :] = torch.arange(first, first + private * shards).reshape(private, shards)
+    return index
+
+
+def kind_of(site: Site) -> str:
+    """Layers of one kind share pools."""
+    return f"{site.path.rpartition('.')[2]}.{site.out_features}x{site.in_features}"
+
+
+class MoSAdapter(Adapter):
+    """A layer's view of its kind's pools. The pools are the same Parameter objects in all layers of the kind."""
+
+    config_class = MosConfig
+    index_A: Tensor
+    index_B: Tensor
+
+    def __init__(
+        self, config: MosConfig, site: Site, pool_A: nn.Parameter, pool_B: nn.Parameter, index_A: Tensor, index_B: Tensor
+    ) -> None:
+        super().__init__(config, site)
+        self.kind = kind_of(site)
+        self.scaling = reference.lora.lora_scaling(config.r, config.lora_alpha, False)
+        self.dropout = make_dropout(config.lora_dropout)
+        self.pool_A, self.pool_B = pool_A, pool_B
+        for name, index, pool in (("index_A", index_A, pool_A), ("index_B", index_B, pool_B)):
+            check_index(name, index, pool.shape[0])
+            self.register_buffer(name, index.to(site.device))
+
+    @classmethod
+    def build(cls, config: MosConfig, sites: Sequence[Site]) -> list[Adapter]:
+        kinds: dict[str, list[Site]] = {}
+        for site in sites:
+            kinds.setdefault(kind_of(site), []).append(site)
+        made = {
+            site.path: adapter
+            for kind, members in kinds.items()
+            for site, adapter in zip(members, cls._build_kind(config, kind, members), strict=True)
+        }
+        return [made[site.path] for site in sites]
+
+    @classmethod
+    def _build_kind(cls, config: MosConfig, kind: str, sites: list[Site]) -> list[Adapter]:
+        first, n_layers, shards = sites[0], len(sites), config.shards_per_vector
+        for name, size in (("in", first.in_features), ("out", first.out_features)):
+            if size % shards:
+                raise first.error(f"shards_per_vector={shards} does not divide its {name}_features, {size}")
+        wanted, public = (config.r - config.private_rank) * shards, (config.pool_rank - config.private_rank) * n_layers * shards
+        if wanted > public:
+            raise first.error(
+                f"r={config.r} with private_rank={config.private_rank} draws {wanted} public shards, but the pool of "
+                f"pool_rank={config.pool_rank} for {n_layers} layer(s) of kind {kind!r} has {public}: raise pool_rank or lower r"
+            )
+        n_shards = config.pool_rank * n_layers * shards
+        options = {"device": first.device, "dtype": first.dtype}
+        pool_A = nn.Parameter(torch.empty(n_shards, first.in_features // shards, **options))
+        pool_B = nn.Parameter(torch.zeros(n_shards, first.out_features // shards, **options))
+        # kaiming_uniform(a=√5) of an assembled row: fan is the row's length, not the shard's.
+        nn.init.uniform_(pool_A, -1 / math.sqrt(first.in_features), 1 / math.sqrt(first.in_features))
+        if not config.init_weights:
+            nn.init.uniform_(pool_B, -1 / math.sqrt(config.r), 1 / math.sqrt(config.r))
+        index_A = draw_index(config, n_layers, kind, "A")
+        index_B = draw_index(config, n_layers, kind, "B")
+        return [cls(config, site, pool_A, pool_B, index_A[i], index_B[i]) for i, site in enumerate(sites)]
+
+    @classmethod
+    def pack(cls, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+        """Each pool once, and each layer's shard numbers, so that a file does not rest on a random generator."""
+        tensors: dict[str, Tensor] = {}
+        for adapter in adapters:
+            assert isinstance(adapter, MoSAdapter)
+            for name in ("pool_A", "pool_B"):
+                tensors[f"pools.{adapter.kind}.{name}"] = getattr(adapter, name)
+            for name in ("index_A", "index_B"):
+                tensors[f"layers.{adapter.path}.{name}"] = getattr(adapter, name)
+        return tensors
+
+    @classmethod
+    def check_file(cls, adapters: Sequence[Adapter], tensors: Mapping[str, Tensor], source: str) -> None:
+        for adapter in adapters:
+            assert isinstance(adapter, MoSAdapter)
+            for name in ("index_A", "index_B"):
+                key = f"layers.{adapter.path}.{name}"
+                if tensors[key].dtype not in (torch.int64, torch.int32):
+                    raise ValueError(f"{source}: {key} must hold integers, got {tensors[key].dtype}")
+                check_index(f"{source}: {key}", tensors[key], adapter.pool_A.shape[0])
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if dropout_active(self.dropout):
+            return nn.functional.linear(x, weight, bias) + self.delta(x)
+        return mos_linear(x, weight, bias, *self._shards(), self.scaling)
+
+    def delta(self, x: Tensor) -> Tensor:
+        return mos_linear(self.dropout(x), None, None, *self._shards(), self.scaling)
+
+    def delta_weight(self) -> Tensor:
+        return reference.mos.mos_weight(*self._shards(), self.scaling)
+
+    def _shards(self) -> tuple[Any, ...]:
+        return self.pool_A, self.index_A, self.pool_B, self.index_B
+
+    def extra_repr(self) -> str:
+        r, shards = self.index_A.shape
+        return f"r={r}, shards_per_vector={shards}, kind={self.kind!r}, pool={self.pool_A.shape[0]} shards"
+
+
+class MoSLinear(AdaptedLinear):
+    """An ``nn.Linear`` with a MoS adapter of its own pools. In a model, ``fastpeft.adapt`` lets layers share them."""
+
+    adapter_class = MoSAdapter

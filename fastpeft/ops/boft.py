@@ -1,0 +1,290 @@
+"""BOFT's operators: the Cayley transform and the butterfly product. Formulas and sources: fastpeft/reference/boft.py.
+
+The rotation acts on the activation, one butterfly factor after the other. Factor f works in windows of 2H half-blocks
+(b / 2 features each, H = 2^f): half-blocks s and s + H together are the input of block s, and its output takes their
+place. So no permutation is ever carried out, and a factor costs 2·T·d·b operations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fastpeft import reference
+from fastpeft.backend import Operator
+from fastpeft.ops import base
+
+BUTTERFLY_FWD = Operator(
+    "butterfly_fwd(Tensor x, Tensor blocks) -> Tensor",
+    fake=lambda x, blocks: x.new_empty(x.shape),
+    order=("native", "torch"),
+)
+
+
+def _butterfly_bwd_fake(grad, x, blocks, need_x, need_blocks):
+    dx = x.new_empty(x.shape[0] if need_x else 0, x.shape[1])
+    return dx, blocks.new_empty(blocks.shape[0] if need_blocks else 0, *blocks.shape[1:])
+
+
+# A gradient that is not needed comes back with no rows.
+BUTTERFLY_BWD = Operator(
+    "butterfly_bwd(Tensor grad, Tensor x, Tensor blocks, bool need_x, bool need_blocks) -> (Tensor, Tensor)",
+    fake=_butterfly_bwd_fake,
+    order=("native", "torch"),
+)
+
+
+class CayleyFunction(torch.autograd.Function):
+    """Q = (I − S)(I + S)⁻¹ = 2 M − I with M = (I + S)⁻¹; dQ = −2 M dS M, so dS = −2 Mᵀ G Mᵀ, M = (Q + I) / 2."""
+
+    @staticmethod
+    def forward(ctx, skew):
+        wide = skew.to(torch.promote_types(skew.dtype, torch.float32))
+        identity = torch.eye(skew.shape[-1], dtype=wide.dtype, device=wide.device)
+        inverse, _ = torch.linalg.inv_ex(identity + wide)
+        ctx.save_for_backward(inverse)
+        return (2 * inverse - identity).to(skew.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        with base.without_autocast(grad):
+            return (-2 * inverse.mT @ grad.to(inverse.dtype) @ inverse.mT).to(grad.dtype)
+
+
+def cayley(
+    skew: Tensor,  # (..., b, b)
+) -> Tensor:  # (..., b, b)
+    """The Cayley transform Q = (I − S)(I + S)⁻¹ of a batch of matrices; orthogonal where S = −Sᵀ.
+
+    Solved in float32 or wider whatever the dtype. Differentiable once. Source: BOFT (Liu et al., ICLR 2024, arXiv
+    2311.06243), section 4.
+
+    Raises:
+        ValueError: the last two sizes differ.
+        TypeError: not a floating-point tensor.
+    """
+    base.check_floating("skew", skew)
+    if skew.dim() < 2 or skew.shape[-1] != skew.shape[-2]:
+        raise ValueError(f"skew must have shape (..., b, b), got {tuple(skew.shape)}")
+    if BUTTERFLY_FWD.choose(skew) == "reference":
+        return reference.boft.cayley(skew)
+    with base.without_autocast(skew):
+        return CayleyFunction.apply(skew)
+
+
+def boft_blocks(
+    boft_R: Tensor,  # (m, d / b, b, b)
+) -> Tensor:  # (m, d / b, b, b), float32 or wider
+    """The orthogonal blocks Q of the trained ones: Cayley of S = ½ (R − Rᵀ)."""
+    wide = boft_R.to(torch.promote_types(boft_R.dtype, torch.float32))
+    return cayley((wide - wide.mT) / 2)
+
+
+def _factor_view(x: Tensor, block_size: int, factor: int) -> Tensor:
+    """(T, d) seen as the inputs of a factor's blocks, (T, d / b, b), in the order of the blocks."""
+    tokens = x.shape[0]
+    if factor == 0:
+        return x.reshape(tokens, -1, block_size)
+    halves = x.reshape(tokens, -1, 2, 1 << factor, block_size // 2)  # window, half of it, place s, feature
+    return halves.transpose(2, 3).reshape(tokens, -1, block_size)
+
+
+def _factor_unview(z: Tensor, factor: int) -> Tensor:
+    """The way back from (T, d / b, b) to (T, d)."""
+    tokens, _, block_size = z.shape
+    if factor == 0:
+        return z.reshape(tokens, -1)
+    halves = z.reshape(tokens, -1, 1 << factor, 2, block_size // 2)
+    return halves.transpose(2, 3).reshape(tokens, -1)
+
+
+def _apply_factor(x: Tensor, q: Tensor, factor: int) -> Tensor:
+    z = _factor_view(x, q.shape[-1], factor).transpose(0, 1)  # (d / b, T, b)
+    return _factor_unview(torch.bmm(z, q).transpose(0, 1), factor)
+
+
+def butterfly_fwd(x: Tensor, blocks: Tensor) -> Tensor:
+    """The composition: x R by one batched product for each factor, last factor first; (T, d)."""
+    z = x.to(blocks.dtype)
+    for factor in reversed(range(blocks.shape[0])):
+        z = _apply_factor(z, blocks[factor], factor)
+    return z.to(x.dtype)
+
+
+def butterfly_bwd(
+    grad: Tensor, x: Tensor, blocks: Tensor, need_x: bool, need_blocks: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and blocks. With z the input of factor f: dQ = zᵀ g for each block, then g ← g Qᵀ."""
+    g = grad.to(blocks.dtype)
+    inputs = [x.to(blocks.dtype)]  # of the last factor, the one before, …
+    if need_blocks:
+        for factor in reversed(range(1, blocks.shape[0])):
+            inputs.append(_apply_factor(inputs[-1], blocks[factor], factor))
+    dblocks = []
+    for factor in range(blocks.shape[0]):
+        if need_blocks:
+            z = _factor_view(inputs.pop(), blocks.shape[-1], factor)
+            dblocks.append(torch.einsum("tka,tkc->kac", z, _factor_view(g, blocks.shape[-1], factor)))
+        g = _apply_factor(g, blocks[factor].mT, factor)
+    return g.to(grad.dtype) if need_x else None, torch.stack(dblocks) if need_blocks else None
+
+
+class ButterflyFunction(torch.autograd.Function):
+    """Keeps x alone: the factors' inputs are computed again on the way back."""
+
+    @staticmethod
+    def forward(ctx, x, blocks, backend):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, blocks)
+        ctx.shape = x.shape
+        return _butterfly(backend, x, blocks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, blocks = ctx.saved_tensors
+        need_x, need_blocks, _ = ctx.needs_input_grad
+        x = grad if x is None else x  # a stand-in of the right shape: the values are not read
+        if BUTTERFLY_BWD.choose(grad) == "native" and blocks.dtype == torch.float32:
+            dx, dblocks = BUTTERFLY_BWD.call("native", grad, x, blocks, need_x, need_blocks)
+            return dx if need_x else None, dblocks if need_blocks else None, None
+        with base.without_autocast(grad):
+            return *butterfly_bwd(grad, x, blocks, need_x, need_blocks), None
+
+
+def _butterfly(backend: str, x: Tensor, blocks: Tensor) -> Tensor:
+    if backend == "native":
+        return BUTTERFLY_FWD.call("native", x, blocks)
+    with base.without_autocast(x):
+        return butterfly_fwd(x, blocks)
+
+
+def check_blocks(name: str, blocks: Tensor, features: int) -> None:
+    """Checks the shape (m, features / b, b, b) and that m factors of block size b fit.
+
+    Raises:
+        ValueError: they do not.
+        TypeError: not a floating-point tensor.
+    """
+    base.check_floating(name, blocks)
+    if blocks.dim() != 4 or blocks.shape[2] != blocks.shape[3] or 0 in blocks.shape:
+        raise ValueError(f"{name} must have shape (m, in/b, b, b), got {tuple(blocks.shape)}")
+    factors, n_blocks, block_size, _ = blocks.shape
+    if n_blocks * block_size != features:
+        raise ValueError(f"{name} must cover {features} features, got {n_blocks} blocks of {block_size}")
+    if reason := butterfly_misfit(features, block_size, factors):
+        raise ValueError(f"{name} of shape {tuple(blocks.shape)}: {reason}")
+
+
+def butterfly_misfit(features: int, block_size: int, factors: int) -> str | None:
+    """Why m butterfly factors of block size b cannot act on so many features, or None where they can."""
+    if features % block_size:
+        return f"block size {block_size} does not divide {features} features"
+    if factors > 1 and block_size % 2:
+        return f"block size {block_size} is odd, and {factors} butterfly factors need half-blocks"
+    if factors > 1 and features % (block_size << (factors - 1)):
+        window = block_size << (factors - 1)
+        return f"{factors} butterfly factors of block size {block_size} need a multiple of {window} features"
+    return None
+
+
+def butterfly(
+    x: Tensor,  # (..., d)
+    blocks: Tensor,  # (m, d / b, b, b)
+) -> Tensor:  # (..., d)
+    """x R with R = B̃_{m−1} … B̃_0, the butterfly product of BOFT (Liu et al., ICLR 2024, arXiv 2311.06243, eq. 5).
+
+    Differentiable once in x and blocks. Computed in the wider of float32 and the dtype of blocks, rounded once.
+
+    Args:
+        x: (..., d), any floating-point dtype.
+        blocks: (m, d / b, b, b); factor i is blocks[i]. Orthogonal in BOFT, but any blocks are right here.
+
+    Returns:
+        (..., d) in the dtype of x.
+
+    Raises:
+        ValueError: m factors of block size b do not fit d features, or devices differ.
+        TypeError: not floating-point tensors.
+    """
+    base.check_floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have shape (..., d), got ()")
+    check_blocks("blocks", blocks, x.shape[-1])
+    base.check_same_device(x, blocks=blocks)
+    backend = BUTTERFLY_FWD.choose(x)
+    if backend == "reference":
+        return reference.boft.butterfly(x, blocks)
+    wide = torch.promote_types(torch.promote_types(blocks.dtype, x.dtype), torch.float32)
+    blocks = blocks.to(wide)
+    if wide != torch.float32:
+        backend = "torch"
+    rows = x.reshape(-1, x.shape[-1])
+    if base.needs_autograd(x, blocks):
+        return ButterflyFunction.apply(rows, blocks, backend).reshape(x.shape)
+    return _butterfly(backend, rows, blocks).reshape(x.shape)
+
+
+def butterfly_transposed(x: Tensor, blocks: Tensor) -> Tensor:
+    """x Rᵀ, (T, d): what the backward pass does to a gradient, without a derivative of its own."""
+    rotated, _ = butterfly_bwd(x, x, blocks, need_x=True, need_blocks=False)
+    assert rotated is not None
+    return rotated
+
+
+def scale_rows(u: Tensor, boft_s: Tensor, bias: Tensor | None) -> Tensor:
+    """u ⊙ s + b over the last dimension, in the wider dtype and rounded once; u (..., out), boft_s (out, 1)."""
+    scale = boft_s.squeeze(-1)
+    y = u * scale if bias is None else torch.addcmul(bias.to(scale.dtype), u, scale)
+    return y.to(u.dtype)
+
+
+def rotated_linear(
+    x: Tensor,  # (..., in)
+    weight: Tensor,  # (out, in)
+    bias: Tensor | None,  # (out,)
+    blocks: Tensor,  # (m, in / b, b, b)
+    boft_s: Tensor,  # (out, 1)
+) -> Tensor:  # (..., out)
+    """y = ((x R) Wᵀ) ⊙ s + b from orthogonal blocks that are at hand."""
+    return scale_rows(F.linear(butterfly(x, blocks), weight), boft_s, bias)
+
+
+def boft_linear(
+    x: Tensor,  # (..., in)
+    weight: Tensor,  # (out, in)
+    bias: Tensor | None,  # (out,)
+    boft_R: Tensor,  # (m, in / b, b, b)
+    boft_s: Tensor,  # (out, 1)
+) -> Tensor:  # (..., out)
+    """y = ((x R) Wᵀ) ⊙ s + b, R from m butterfly factors: BOFT (Liu et al., ICLR 2024, arXiv 2311.06243, equation 5).
+
+    The blocks of R are the Cayley transform of ½ (boft_R − boft_Rᵀ). The bias is not scaled. Differentiable once in x,
+    boft_R and boft_s, and in weight and bias where they ask for it.
+
+    Args:
+        x: (..., in), any floating-point dtype.
+        weight: (out, in) in the dtype of x.
+        bias: (out,) in the dtype of x, or None.
+        boft_R: (m, in / b, b, b).
+        boft_s: (out, 1).
+
+    Returns:
+        (..., out) in the dtype of x.
+
+    Raises:
+        ValueError: a shape or a device does not fit, or m factors of block size b do not fit in.
+        TypeError: a dtype does not fit.
+    """
+    base.check_floating("boft_s", boft_s)
+    base.check_shape("boft_s", boft_s, ("out", 1))
+    base.check_floating("x", x)
+    check_blocks("boft_R", boft_R, x.shape[-1] if x.dim() else 0)
+    base.check_base(x, weight, bias, boft_R.shape[1] * boft_R.shape[2], boft_s.shape[0])
+    base.check_same_device(x, boft_R=boft_R, boft_s=boft_s)
+    if BUTTERFLY_FWD.choose(x) == "reference":
+        return reference.boft.boft_linear(x, weight, bias, boft_R, boft_s)
+    return rotated_linear(x, weight, bias, boft_blocks(boft_R), boft_s)

@@ -1,0 +1,351 @@
+"""FourierFT's operator: the delta through FFTs of the activations. Formula and source: fastpeft/reference/fourierft.py.
+
+With X = fft(x) over d2 = in_features and S[u_k] += c_k · conj(X[v_k]), the delta is (α / d2) · Re ifft(S) over
+d1 = out_features. Both ends are real, so half spectra are enough: an entry (u, v) reads bin min(v, d2 − v) and writes
+bin min(u, d1 − u), conjugated on the way if that crossed a middle, and with weight ½ where bin and mirror image differ.
+Cost: T · (d1 log d1 + d2 log d2 + n) operations.
+
+Gradients, with G = fft(grad): ∂L/∂c_k = α / (d1 d2) · Re Σ_t G[u_k] X[v_k], and ∂L/∂x is the same operator on grad
+with (u, d1) and (v, d2) exchanged.
+
+The gather, product and scatter between two transforms is an embedding bag: the table holds one row of T numbers for
+each real and imaginary part of a bin, a bag is a part of an output bin, and the coefficients are its weights.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastpeft import reference
+from fastpeft.backend import Operator
+from fastpeft.ops import base
+
+FOURIER_FWD = Operator(
+    "fourier_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor spectrum, Tensor rows, Tensor cols, float scaling)"
+    " -> Tensor",
+    fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
+    order=("torch",),
+)
+
+
+class Bags(NamedTuple):
+    """The gather–multiply–scatter from one half spectrum to another, 2n samples sorted by bag.
+
+    Bag 2k is the real part of output bin k, bag 2k + 1 its imaginary part; table rows are counted the same way.
+    """
+
+    source: Tensor  # (2n,) table row of each sample
+    entry: Tensor  # (2n,) which coefficient it takes
+    bag: Tensor  # (2n,) where it goes
+    offsets: Tensor  # (2 bins,) first sample of each bag
+    weight: Tensor  # (2n,) sign · ½, or the sign alone where an output bin is its own mirror image
+    sign: Tensor  # (2n,) ±1
+
+
+class Tables(NamedTuple):
+    """What the operator needs to know about its places, for y and for the gradient of x."""
+
+    forward: Bags
+    backward: Bags
+
+
+def _make_bags(source_place: Tensor, source_length: int, target_place: Tensor, target_length: int) -> Bags:
+    source_bin = torch.minimum(source_place, source_length - source_place)
+    target_bin = torch.minimum(target_place, target_length - target_place)
+    # The operator conjugates X once; so does every crossing of a middle.
+    crossings = (source_place > source_bin).int() + (target_place > target_bin).int()
+    imaginary_sign = 1.0 - 2.0 * ((crossings + 1) % 2)
+    own_mirror = (2 * target_place) % target_length == 0
+    fold = torch.where(own_mirror, 1.0, 0.5)
+    sign = torch.cat([torch.ones_like(imaginary_sign), imaginary_sign])
+    weight = torch.cat([fold, torch.where(own_mirror, 0.0, fold * imaginary_sign)])
+    bag = torch.cat([2 * target_bin, 2 * target_bin + 1])
+    source = torch.cat([2 * source_bin, 2 * source_bin + 1])
+    bag, order = torch.sort(bag, stable=True)
+    n_bags = 2 * (target_length // 2 + 1)
+    offsets = torch.searchsorted(bag, torch.arange(n_bags, device=bag.device))
+    return Bags(source[order], order % source_place.shape[0], bag, offsets, weight[order], sign[order])
+
+
+def make_tables(rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> Tables:
+    """Tables for places that are known to lie inside (out, in)."""
+    out_features, in_features = shape
+    return Tables(
+        _make_bags(cols, in_features, rows, out_features), _make_bags(rows, out_features, cols, in_features)
+    )
+
+
+def check_places(rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> None:
+    """Checks places (n,), int64, inside a spectrum of shape (out, in).
+
+    Raises:
+        ValueError: a shape does not fit or a place lies outside.
+        TypeError: not int64.
+    """
+    base.check_shape("cols", cols, tuple(rows.shape))
+    for name, places, size in (("rows", rows, shape[0]), ("cols", cols, shape[1])):
+        if places.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {places.dtype}")
+        base.check_shape(name, places, ("n",))
+        if places.numel() and not (0 <= int(places.min()) and int(places.max()) < size):
+            raise ValueError(f"{name} must lie in [0, {size}), got [{int(places.min())}, {int(places.max())}]")
+
+
+# rows -> (weak cols, versions, shape, tables): checking and sorting places takes longer than a small layer.
+_TABLES = WeakTensorKeyDictionary()
+
+
+def tables_for(rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> Tables:
+    """Checked tables for these places, remembered as long as the two tensors live unchanged."""
+    if torch.compiler.is_compiling():
+        return make_tables(rows, cols, shape)
+    versions = (rows._version, cols._version)
+    known = _TABLES.get(rows)
+    if known is None or known[0]() is not cols or known[1:3] != (versions, shape):
+        check_places(rows, cols, shape)
+        known = (weakref.ref(cols), versions, shape, make_tables(rows, cols, shape))
+        _TABLES[rows] = known
+    return known[3]
+
+
+def half_spectrum(x: Tensor) -> Tensor:
+    """(T, d) real -> (2 (d // 2 + 1), T): rows are the real and the imaginary parts of the bins in turn."""
+    return torch.view_as_real(torch.fft.rfft(x)).flatten(1).t().contiguous()
+
+
+def _coefficients(bags: Bags, spectrum: Tensor, scale: float) -> Tensor:
+    return spectrum[bags.entry] * (bags.weight.to(spectrum.dtype) * scale)
+
+
+def _synthesise(table: Tensor, bags: Bags, coefficients: Tensor, length: int) -> Tensor:
+    """(2 bins, T) -> (T, length): gather, multiply, scatter and transform back."""
+    target = F.embedding_bag(bags.source, table, bags.offsets, mode="sum", per_sample_weights=coefficients)
+    folded = torch.view_as_complex(target.t().contiguous().unflatten(1, (-1, 2)))
+    return torch.fft.irfft(folded, n=length)
+
+
+def _token_chunks(x: Tensor, width: int) -> range:
+    """Starts of chunks of tokens. On a CPU the spectra of a chunk should stay in the second-level cache."""
+    tokens = x.shape[0]
+    size = tokens if x.device.type != "cpu" else max(16, (1 << 17) // max(width, 1))
+    return range(0, tokens, max(size, 1))
+
+
+def fourier_fwd(
+    x: Tensor,  # (T, in)
+    weight: Tensor | None,  # (out, in)
+    bias: Tensor | None,  # (out,)
+    spectrum: Tensor,  # (n,)
+    tables: Tables,
+    shape: tuple[int, int],
+    scaling: float,
+) -> Tensor:  # (T, out)
+    """The base product with the delta added into it."""
+    return _add_delta(None if weight is None else F.linear(x, weight, bias), x, spectrum, tables.forward, shape, scaling)
+
+
+def _add_delta(
+    y: Tensor | None, x: Tensor, spectrum: Tensor, bags: Bags, shape: tuple[int, int], scaling: float
+) -> Tensor:
+    """Adds the delta of x (T, in) into y (T, out), or makes it; shape is (out, in)."""
+    out_features, in_features = shape
+    y = x.new_zeros(x.shape[0], out_features) if y is None else y
+    coefficients = _coefficients(bags, spectrum, scaling / in_features)
+    chunks = _token_chunks(x, max(shape))
+    for start in chunks:
+        part = slice(start, start + chunks.step)
+        table = half_spectrum(x[part].to(spectrum.dtype))
+        y[part] += _synthesise(table, bags, coefficients, out_features)
+    return y
+
+
+def fourier_bwd(
+    grad: Tensor,  # (T, out)
+    x: Tensor | None,  # (T, in)
+    weight: Tensor | None,  # (out, in)
+    spectrum: Tensor,  # (n,)
+    tables: Tables,
+    shape: tuple[int, int],
+    scaling: float,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and spectrum; see the top of the file."""
+    need_x, need_spectrum = needs
+    out_features, in_features = shape
+    dx = None
+    if need_x:
+        dx = grad.new_zeros(grad.shape[0], in_features) if weight is None else grad @ weight
+    coefficients = _coefficients(tables.backward, spectrum, scaling / out_features)
+    bags = tables.forward
+    products = torch.zeros(len(bags.source), dtype=spectrum.dtype, device=spectrum.device)
+    chunks = _token_chunks(grad, max(shape))
+    for start in chunks:
+        part = slice(start, start + chunks.step)
+        grad_table = half_spectrum(grad[part].to(spectrum.dtype))
+        if dx is not None:
+            dx[part] += _synthesise(grad_table, tables.backward, coefficients, in_features)
+        if need_spectrum:
+            assert x is not None
+            table = half_spectrum(x[part].to(spectrum.dtype))
+            products += _bag_products(grad_table, table, bags)
+    dspectrum = None
+    if need_spectrum:
+        dspectrum = torch.zeros_like(spectrum).index_add_(0, bags.entry, products * bags.sign.to(spectrum.dtype))
+        dspectrum *= scaling / (out_features * in_features)
+    return dx, dspectrum
+
+
+def _bag_products(grad_table: Tensor, table: Tensor, bags: Bags) -> Tensor:
+    """For each sample the product over tokens of its bag's row and its source's row, (2n,)."""
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad_table, table, bags.source, bags.offsets, bags.bag, 0
+    )
+
+
+class FourierFunction(torch.autograd.Function):
+    """Keeps x alone: its spectrum is computed again on the way back."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, spectrum, tables, shape, scaling):
+        need_x, need_spectrum = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if need_spectrum else None, weight if need_x else None, spectrum)
+        ctx.tables, ctx.shape, ctx.scaling = tables, shape, scaling
+        with base.without_autocast(x):
+            return fourier_fwd(x, weight, bias, spectrum, tables, shape, scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[3])
+        with base.without_autocast(grad):
+            dx, dspectrum = fourier_bwd(grad, *ctx.saved_tensors, ctx.tables, ctx.shape, ctx.scaling, needs)
+        return dx, None, None, dspectrum, None, None, None
+
+
+def fourier_linear(
+    x: Tensor,  # (..., in)
+    weight: Tensor,  # (out, in)
+    bias: Tensor | None,  # (out,)
+    spectrum: Tensor,  # (n,)
+    rows: Tensor,  # (n,)
+    cols: Tensor,  # (n,)
+    scaling: float,
+) -> Tensor:  # (..., out)
+    """y = W x + b + α · Re ifft2(S) x with n entries in S: FourierFT (Gao et al., ICML 2024, arXiv 2405.03003).
+
+    S is zero but for S[rows[k], cols[k]] = spectrum[k]; no two places should be equal. Differentiable once in x and
+    spectrum, and in weight and bias where they ask for it. Computed in float32 or wider and rounded once. The places
+    are checked and sorted once for as long as the two tensors live unchanged.
+
+    Args:
+        x: (..., in), any floating-point dtype.
+        weight: (out, in) in the dtype of x.
+        bias: (out,) in the dtype of x, or None.
+        spectrum: (n,), real coefficients.
+        rows: (n,), int64, in [0, out).
+        cols: (n,), int64, in [0, in).
+        scaling: α.
+
+    Returns:
+        (..., out) in the dtype of x.
+
+    Raises:
+        ValueError: a shape or a device does not fit, or a place lies outside the spectrum.
+        TypeError: a dtype does not fit.
+    """
+    base.check_shape("weight", weight, ("out", "in"))
+    shape = (weight.shape[0], weight.shape[1])
+    base.check_same_device(x, rows=rows, cols=cols)
+    base.check_shape("spectrum", spectrum, tuple(rows.shape))
+    return fourier_linear_with(x, weight, bias, spectrum, tables_for(rows, cols, shape), rows, cols, shape, scaling)
+
+
+def fourier_linear_with(
+    x: Tensor,  # (..., in)
+    weight: Tensor | None,  # (out, in)
+    bias: Tensor | None,  # (out,)
+    spectrum: Tensor,  # (n,)
+    tables: Tables,
+    rows: Tensor,  # (n,)
+    cols: Tensor,  # (n,)
+    shape: tuple[int, int],
+    scaling: float,
+) -> Tensor:  # (..., out)
+    """fourier_linear with tables at hand, and weight=None for the delta alone."""
+    out_features, in_features = shape
+    base.check_floating("spectrum", spectrum)
+    base.check_base(x, weight, bias, in_features, out_features)
+    base.check_same_device(x, spectrum=spectrum)
+    if FOURIER_FWD.choose(x) == "reference":
+        wide = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
+        delta = reference.fourierft.fourier_weight(wide, rows, cols, shape, scaling)
+        return base.dense_linear(x, weight, bias, delta)
+    if not base.is_frozen(weight, bias):
+        assert weight is not None
+        delta = fourier_linear_with(x, None, None, spectrum, tables, rows, cols, shape, scaling)
+        return F.linear(x, weight, bias) + delta
+    x, weight, bias = base.cast_for_autocast(x, weight, bias)
+    flat = x.reshape(-1, in_features)
+    wide = spectrum.to(torch.promote_types(torch.promote_types(spectrum.dtype, x.dtype), torch.float32))
+    if base.needs_autograd(x, spectrum):
+        y = FourierFunction.apply(flat, weight, bias, wide, tables, shape, scaling)
+    else:
+        with base.without_autocast(x):
+            y = fourier_fwd(flat, weight, bias, wide, tables, shape, scaling)
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def fourier_weight(
+    spectrum: Tensor,  # (n,)
+    rows: Tensor,  # (n,)
+    cols: Tensor,  # (n,)
+    shape: tuple[int, int],
+    scaling: float,
+) -> Tensor:  # (out, in)
+    """ΔW = α · Re ifft2(S), S[rows[k], cols[k]] = spectrum[k]: the dense update, for merging.
+
+    The real part of a two-dimensional transform needs half of its columns, and of those only the occupied ones take
+    part in the first pass. Differentiable in spectrum. Source: FourierFT (arXiv 2405.03003, equations 2 to 4).
+
+    Args:
+        spectrum: (n,), real coefficients.
+        rows: (n,), int64, in [0, shape[0]).
+        cols: (n,), int64, in [0, shape[1]).
+        shape: (out, in).
+        scaling: α.
+
+    Returns:
+        shape, in float32 or the wider dtype of spectrum.
+
+    Raises:
+        ValueError: a shape does not fit or a place lies outside.
+        TypeError: a dtype does not fit.
+    """
+    base.check_floating("spectrum", spectrum)
+    check_places(rows, cols, shape)
+    base.check_shape("spectrum", spectrum, tuple(rows.shape))
+    wide = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
+    if FOURIER_FWD.choose(spectrum) == "reference":
+        return reference.fourierft.fourier_weight(wide, rows, cols, shape, scaling)
+    out_features, in_features = shape
+    # H[u, v] = ½ (S[u, v] + S[−u, −v]) is Hermitian, and Re ifft2(S) = ifft2(H). Keep each entry's half of it, and the
+    # whole entry where v is its own mirror image: there S[−u, v] is in the half as well.
+    mirrored = 2 * cols > in_features
+    own_mirror = (2 * cols) % in_features == 0
+    half_rows = torch.where(mirrored, (out_features - rows) % out_features, rows)
+    half_cols = torch.where(mirrored, in_features - cols, cols)
+    occupied, column = torch.unique(half_cols, return_inverse=True)
+    compact = wide.new_zeros(out_features, occupied.shape[0])
+    compact = compact.index_put((half_rows, column), wide / 2, accumulate=True)
+    mirror_rows = (out_features - half_rows) % out_features
+    compact = compact.index_put((mirror_rows, column), torch.where(own_mirror, wide / 2, 0), accumulate=True)
+    first = torch.fft.ifft(compact, dim=0)
+    half = first.new_zeros(out_features, in_features // 2 + 1).index_copy(1, occupied, first)
+    return scaling * torch.fft.irfft(half, n=in_features, dim=1)

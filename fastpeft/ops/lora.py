@@ -1,0 +1,157 @@
+"""LoRA's operator: y = W x + b + s · B (A x). Formula and source: fastpeft/reference/lora.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fastpeft import reference
+from fastpeft.backend import Operator, triton_available
+from fastpeft.ops import base
+
+
+def _lora_fwd_fake(x, weight, bias, lora_A, lora_B, scaling):
+    tokens = x.shape[0]
+    return x.new_empty(tokens, weight.shape[0]), x.new_empty(tokens, lora_A.shape[0], dtype=torch.float32)
+
+
+# Triton stands behind the library composition until it has been measured on a GPU.
+LORA_FWD = Operator(
+    "lora_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)",
+    fake=_lora_fwd_fake,
+    order=("torch", "triton"),
+)
+
+if triton_available():
+
+    def _lora_fwd_triton(x, weight, bias, lora_A, lora_B, scaling):
+        from fastpeft.kernels.lora import lora_fwd  # importing triton takes a second: only where it runs
+
+        return lora_fwd(x, weight, bias, lora_A, lora_B, scaling)
+
+    LORA_FWD.implement_triton(_lora_fwd_triton)
+
+
+def lora_fwd(
+    x: Tensor,  # (T, in)
+    weight: Tensor | None,  # (out, in)
+    bias: Tensor | None,  # (out,)
+    lora_A: Tensor,  # (r, in)
+    lora_B: Tensor,  # (out, r)
+    scaling: float,
+) -> tuple[Tensor, Tensor]:  # y (T, out), h (T, r)
+    """The composition: one pass over x for h = x Aᵀ, and s · h Bᵀ added into the base product's output."""
+    y = None if weight is None else F.linear(x, weight, bias)
+    h = x.to(lora_A.dtype) @ lora_A.T
+    if y is not None and y.dtype == h.dtype:
+        return y.addmm_(h, lora_B.T, alpha=scaling), h
+    return base.add_rounded(y, (h * scaling) @ lora_B.T, x.dtype), h
+
+
+def lora_bwd(
+    grad: Tensor,  # (T, out)
+    x: Tensor | None,  # (T, in)
+    weight: Tensor | None,  # (out, in)
+    lora_A: Tensor,  # (r, in)
+    lora_B: Tensor,  # (out, r)
+    h: Tensor | None,  # (T, r)
+    scaling: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, A and B: gB = s · g B, dx = g W + gB A, dA = gBᵀ x, dB = s · gᵀ h."""
+    need_x, need_A, need_B = needs
+    wide = grad.to(lora_B.dtype)
+    grad_B = (wide @ lora_B) * scaling if need_x or need_A else None
+    dx = dA = dB = None
+    if need_x:
+        assert grad_B is not None
+        dx = None if weight is None else grad @ weight
+        if dx is not None and dx.dtype == grad_B.dtype:
+            dx.addmm_(grad_B, lora_A)
+        else:
+            dx = base.add_rounded(dx, grad_B @ lora_A, grad.dtype)
+    if need_A:
+        assert grad_B is not None and x is not None
+        dA = grad_B.T @ x.to(grad_B.dtype)
+    if need_B:
+        assert h is not None
+        dB = (wide.T @ h.to(wide.dtype)).mul_(scaling)
+    return dx, dA, dB
+
+
+def _run(backend: str, x: Tensor, weight: Tensor | None, bias, lora_A, lora_B, scaling) -> tuple[Tensor, Tensor]:
+    if backend == "torch" or weight is None:
+        return lora_fwd(x, weight, bias, lora_A, lora_B, scaling)
+    return LORA_FWD.call(backend, x, weight, bias, lora_A, lora_B, scaling)
+
+
+class LoRAFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, backend):
+        with base.without_autocast(x):
+            y, h = _run(backend, x, weight, bias, lora_A, lora_B, scaling)
+        need_x, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        ctx.save_for_backward(x if need_A else None, weight if need_x else None, lora_A, lora_B, h if need_B else None)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4))
+        with base.without_autocast(grad):
+            dx, dA, dB = lora_bwd(grad, *ctx.saved_tensors, ctx.scaling, needs)
+        return dx, None, None, dA, dB, None, None
+
+
+def lora_linear(
+    x: Tensor,  # (..., in)
+    weight: Tensor | None,  # (out, in)
+    bias: Tensor | None,  # (out,)
+    lora_A: Tensor,  # (r, in)
+    lora_B: Tensor,  # (out, r)
+    scaling: float,
+) -> Tensor:  # (..., out)
+    """y = W x + b + s · B (A x): LoRA (Hu et al., ICLR 2022, arXiv 2106.09685, equation 3).
+
+    Differentiable in x, lora_A and lora_B once, and in weight and bias where they ask for it. The adapter's product is
+    computed in the dtype of lora_A and lora_B (float32 adapters over a bfloat16 base are usual) and rounded once.
+
+    Args:
+        x: (..., in), any floating-point dtype.
+        weight: (out, in) in the dtype of x, or None for the delta alone.
+        bias: (out,) in the dtype of x, or None.
+        lora_A: (r, in).
+        lora_B: (out, r) in the dtype of lora_A.
+        scaling: s, usually alpha / r.
+
+    Returns:
+        (..., out) in the dtype of x.
+
+    Raises:
+        ValueError: a shape or a device does not fit.
+        TypeError: a dtype does not fit.
+    """
+    base.check_shape("lora_A", lora_A, ("r", "in"))
+    base.check_shape("lora_B", lora_B, ("out", lora_A.shape[0]))
+    base.check_base(x, weight, bias, lora_A.shape[1], lora_B.shape[0])
+    base.check_floating("lora_A", lora_A)
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"lora_B must have the dtype of lora_A, {lora_A.dtype}, got {lora_B.dtype}")
+    base.check_same_device(x, lora_A=lora_A, lora_B=lora_B)
+    backend = LORA_FWD.choose(x)
+    if backend == "reference":
+        return base.dense_linear(x, weight, bias, reference.lora.lora_weight(lora_A, lora_B, scaling))
+    if not base.is_frozen(weight, bias):
+        assert weight is not None
+        return F.linear(x, weight, bias) + lora_linear(x, None, None, lora_A, lora_B, scaling)
+    x, weight, bias = base.cast_for_autocast(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if base.needs_autograd(x, lora_A, lora_B):
+        y = LoRAFunction.apply(rows, weight, bias, lora_A, lora_B, scaling, backend)
+    else:
+        with base.without_autocast(x):
+            y, _ = _run(backend, rows, weight, bias, lora_A, lora_B, scaling)
+    return y.reshape(*x.shape[:-1], lora_B.shape[0])

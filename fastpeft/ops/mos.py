@@ -1,0 +1,213 @@
+"""MoS's operator: LoRA with the rows of A and the columns of B read from shard pools. Formula: reference/mos.py.
+
+A model's layers share their pools, so a backward pass that returned a gradient of the pool from every layer would write
+and add up L arrays of the pool's size. Instead the layers that are called between two backward passes hang on one
+``PoolTap``: each adds its rows into one array, and autograd receives that array from the tap's own node, which runs
+after the last of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastpeft import reference
+from fastpeft.backend import Operator
+from fastpeft.ops import base, lora
+
+MOS_FWD = Operator(
+    "mos_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor pool_A, Tensor index_A, Tensor pool_B, Tensor index_B, "
+    "float scaling) -> Tensor",
+    fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
+    order=("torch",),
+)
+
+
+class PoolTapFunction(torch.autograd.Function):
+    """Connects an empty token with a pool: its backward hands on what the layers have added up."""
+
+    @staticmethod
+    def forward(ctx, pool, partial):
+        ctx.set_materialize_grads(False)
+        ctx.partial = partial
+        return pool.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        return ctx.partial.pop(torch._C._current_graph_task_id(), None), None
+
+
+class PoolTap:
+    """The one place where the layers of a graph add up the gradient of their shared pool.
+
+    Lives as long as the graphs that use it. What has been added is kept per backward pass: one that ends in an
+    exception leaves nothing behind for the next.
+    """
+
+    def __init__(self, pool: Tensor) -> None:
+        self.partial: dict[int, Tensor] = {}
+        self.token = PoolTapFunction.apply(pool, self.partial)
+
+    def add(self, index: Tensor, rows: Tensor, pool: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if task not in self.partial:
+            self.partial[task] = torch.zeros_like(pool)
+        _add_shards(self.partial[task], index, rows)
+
+
+_TAPS = WeakTensorKeyDictionary()  # pool -> weak reference to its tap
+
+
+def pool_tap(pool: Tensor) -> PoolTap | None:
+    """The live tap of a pool, or None where its gradient is not wanted.
+
+    While a graph is compiled there is no tap: the compiler sees the pool's gradient as part of the graph.
+    """
+    if torch.compiler.is_compiling() or not base.needs_autograd(pool):
+        return None
+    reference_to_tap = _TAPS.get(pool)
+    tap = reference_to_tap() if reference_to_tap is not None else None
+    if tap is None:
+        tap = PoolTap(pool)
+        _TAPS[pool] = weakref.ref(tap)
+    return tap
+
+
+def _add_shards(into: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    return into.index_add_(0, index.flatten(), rows.reshape(-1, into.shape[1]))
+
+
+def _pool_gradient(tap: PoolTap | None, pool: Tensor, index: Tensor, rows: Tensor | None) -> Tensor | None:
+    if rows is None:
+        return None
+    if tap is None:
+        return _add_shards(torch.zeros_like(pool), index, rows)
+    tap.add(index, rows, pool)
+    return None
+
+
+class MoSFunction(torch.autograd.Function):
+    """Gradients of the pools leave through the taps, which must then be given together with their tokens."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, pool_A, index_A, pool_B, index_B, scaling, token_A, token_B, taps):
+        lora_A, lora_B = reference.mos.mos_matrices(pool_A, index_A, pool_B, index_B)
+        with base.without_autocast(x):
+            y, h = lora.lora_fwd(x, weight, bias, lora_A, lora_B, scaling)
+        need_x = ctx.needs_input_grad[0]
+        need_A = ctx.needs_input_grad[3] or ctx.needs_input_grad[8]
+        need_B = ctx.needs_input_grad[5] or ctx.needs_input_grad[9]
+        ctx.save_for_backward(
+            x if need_A else None, weight if need_x else None, pool_A, index_A, pool_B, index_B, h if need_B else None
+        )
+        ctx.scaling, ctx.taps = scaling, taps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, pool_A, index_A, pool_B, index_B, h = ctx.saved_tensors
+        tap_A, tap_B = ctx.taps
+        needs = (
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[3] or ctx.needs_input_grad[8],
+            ctx.needs_input_grad[5] or ctx.needs_input_grad[9],
+        )
+        lora_A, lora_B = reference.mos.mos_matrices(pool_A, index_A, pool_B, index_B)
+        with base.without_autocast(grad):
+            dx, dA, dB = lora.lora_bwd(grad, x, weight, lora_A, lora_B, h, ctx.scaling, needs)
+            dpool_A = _pool_gradient(tap_A, pool_A, index_A, dA)
+            dpool_B = _pool_gradient(tap_B, pool_B, index_B, None if dB is None else dB.T)
+        return dx, None, None, dpool_A, None, dpool_B, None, None, None, None, None
+
+
+def mos_linear(
+    x: Tensor,  # (..., in)
+    weight: Tensor | None,  # (out, in)
+    bias: Tensor | None,  # (out,)
+    pool_A: Tensor,  # (n_shards, in / l)
+    index_A: Tensor,  # (r, l)
+    pool_B: Tensor,  # (n_shards, out / l)
+    index_B: Tensor,  # (r, l)
+    scaling: float,
+) -> Tensor:  # (..., out)
+    """y = W x + b + s · B (A x), A and B assembled from shards: MoS (ICLR 2025, arXiv 2410.00938).
+
+    Row j of A is the shards pool_A[index_A[j]] side by side; column j of B is pool_B[index_B[j]]. Differentiable once in
+    x and the pools, and in weight and bias where they ask for it. Indices must lie in [0, n_shards): layers check theirs
+    when they are made, see :func:`check_index`.
+
+    Args:
+        x: (..., in), any floating-point dtype.
+        weight: (out, in) in the dtype of x, or None for the delta alone.
+        bias: (out,) in the dtype of x, or None.
+        pool_A: (n_shards, in / l), l the shards of a vector.
+        index_A: (r, l), int64.
+        pool_B: (n_shards, out / l) in the dtype of pool_A.
+        index_B: (r, l), int64.
+        scaling: s, usually alpha / r.
+
+    Returns:
+        (..., out) in the dtype of x.
+
+    Raises:
+        ValueError: a shape or a device does not fit.
+        TypeError: a dtype does not fit.
+        IndexError: an index is out of range (on the CPU).
+    """
+    base.check_shape("pool_A", pool_A, ("n_shards", "in/l"))
+    base.check_shape("pool_B", pool_B, ("n_shards", "out/l"))
+    base.check_shape("index_A", index_A, ("r", "l"))
+    base.check_shape("index_B", index_B, tuple(index_A.shape))
+    base.check_floating("pool_A", pool_A)
+    if pool_A.dtype != pool_B.dtype:
+        raise TypeError(f"pool_B must have the dtype of pool_A, {pool_A.dtype}, got {pool_B.dtype}")
+    for name, index in (("index_A", index_A), ("index_B", index_B)):
+        if index.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {index.dtype}")
+    shards = index_A.shape[1]
+    out_features = pool_B.shape[1] * shards
+    base.check_base(x, weight, bias, pool_A.shape[1] * shards, out_features)
+    base.check_same_device(x, pool_A=pool_A, index_A=index_A, pool_B=pool_B, index_B=index_B)
+
+    if MOS_FWD.choose(x) == "reference":
+        delta = reference.mos.mos_weight(pool_A, index_A, pool_B, index_B, scaling)
+        return base.dense_linear(x, weight, bias, delta)
+    if not base.is_frozen(weight, bias):
+        assert weight is not None
+        return F.linear(x, weight, bias) + mos_linear(x, None, None, pool_A, index_A, pool_B, index_B, scaling)
+    x, weight, bias = base.cast_for_autocast(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if base.needs_autograd(x, pool_A, pool_B):
+        tap_A, tap_B = pool_tap(pool_A), pool_tap(pool_B)
+        y = MoSFunction.apply(
+            rows,
+            weight,
+            bias,
+            pool_A if tap_A is None else pool_A.detach(),
+            index_A,
+            pool_B if tap_B is None else pool_B.detach(),
+            index_B,
+            scaling,
+            None if tap_A is None else tap_A.token,
+            None if tap_B is None else tap_B.token,
+            (tap_A, tap_B),
+        )
+    else:
+        with base.without_autocast(x):
+            matrices = reference.mos.mos_matrices(pool_A, index_A, pool_B, index_B)
+            y, _ = lora.lora_fwd(rows, weight, bias, *matrices, scaling)
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def check_index(name: str, index: Tensor, n_shards: int) -> None:
+    """Raises ValueError unless every entry of a shard index lies in [0, n_shards)."""
+    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < n_shards):
+        found = f"[{int(index.min())}, {int(index.max())}]"
+        raise ValueError(f"{name} must hold shard numbers in [0, {n_shards}), got {found}")

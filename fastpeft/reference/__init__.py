@@ -1,0 +1,8 @@
+"""The methods as their papers write them, in plain PyTorch: dense, slow, any dtype up to float64.
+
+Read these first. Everything else in the package computes the same numbers faster and is tested against them.
+"""
+
+from fastpeft.reference import boft, fourierft, lora, mos
+
+__all__ = ["boft", "fourierft", "lora", "mos"]

@@ -1,0 +1,76 @@
+"""BOFT: orthogonal butterfly factors (Liu et al., ICLR 2024, arXiv 2311.06243), in the convention of PEFT."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cayley(
+    skew: Tensor,  # (..., b, b)
+) -> Tensor:  # (..., b, b)
+    """Q = (I − S)(I + S)⁻¹, orthogonal where S = −Sᵀ (section 4, Cayley parametrization)."""
+    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    return torch.linalg.solve(identity + skew, identity - skew, left=False)
+
+
+def butterfly_permutation(features: int, block_size: int, factor: int) -> Tensor:  # (features,)
+    """The permutation P_i of factor i: (P v)[j] = v[permutation[j]].
+
+    In every window of 2^i blocks it takes the half-blocks (b / 2 entries) at even places first, then those at odd
+    places. P_0 is the identity.
+    """
+    if factor == 0:
+        return torch.arange(features)
+    half, window = block_size // 2, block_size << factor
+    halves = torch.arange(window).reshape(-1, half)
+    order = torch.cat([halves[0::2], halves[1::2]]).flatten()
+    return (torch.arange(0, features, window)[:, None] + order).flatten()
+
+
+def butterfly_matrix(
+    blocks: Tensor,  # (m, d / b, b, b)
+) -> Tensor:  # (d, d)
+    """R = B̃_{m−1} … B̃_0 with B̃_i = P_i diag(Q_i) P_iᵀ (equation 5)."""
+    _, n_blocks, block_size, _ = blocks.shape
+    result = torch.eye(n_blocks * block_size, dtype=blocks.dtype, device=blocks.device)
+    for factor, q in enumerate(blocks):
+        permutation = butterfly_permutation(n_blocks * block_size, block_size, factor).to(blocks.device)
+        # (P D Pᵀ)[i, j] = D[permutation[i], permutation[j]]
+        result = torch.block_diag(*q)[permutation][:, permutation] @ result
+    return result
+
+
+def butterfly(
+    x: Tensor,  # (..., d)
+    blocks: Tensor,  # (m, d / b, b, b)
+) -> Tensor:  # (..., d)
+    """x R."""
+    return (x.to(blocks.dtype) @ butterfly_matrix(blocks)).to(x.dtype)
+
+
+def boft_blocks(
+    boft_R: Tensor,  # (m, d / b, b, b)
+) -> Tensor:  # (m, d / b, b, b)
+    """Orthogonal blocks from the trained ones: the Cayley transform of S = ½ (R − Rᵀ)."""
+    return cayley((boft_R - boft_R.mT) / 2)
+
+
+def boft_weight(
+    weight: Tensor,  # (out, in)
+    boft_R: Tensor,  # (m, in / b, b, b)
+    boft_s: Tensor,  # (out, 1)
+) -> Tensor:  # (out, in)
+    """s ⊙ (R Wᵀ)ᵀ: the weight that takes the place of W."""
+    return ((weight.to(boft_R.dtype) @ butterfly_matrix(boft_blocks(boft_R)).T) * boft_s).to(weight.dtype)
+
+
+def boft_linear(
+    x: Tensor,  # (..., in)
+    weight: Tensor,  # (out, in)
+    bias: Tensor | None,  # (out,)
+    boft_R: Tensor,  # (m, in / b, b, b)
+    boft_s: Tensor,  # (out, 1)
+) -> Tensor:  # (..., out)
+    """y = ((x R) Wᵀ) ⊙ s + b: the rotation acts on the input side of a frozen W, the bias is not scaled."""
+    return torch.nn.functional.linear(x, boft_weight(weight, boft_R, boft_s), bias)
