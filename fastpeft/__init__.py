@@ -1,7 +1,7 @@
 """fastpeft: adapters on a frozen linear layer at the cost of the frozen layer.
 
-Models: :func:`adapt`, :func:`set_adapter`, :func:`merge`, :func:`save_adapter` and their kin, with one configuration for
-each method. Layers: ``fastpeft.nn``. Functions: ``fastpeft.functional``. The formulas in plain PyTorch:
+Models: :func:`adapt`, :func:`set_adapter`, :func:`merge`, :func:`save_adapter` and their kin, with one configuration
+for each method. Layers: ``fastpeft.nn``. Functions: ``fastpeft.functional``. The formulas in plain PyTorch:
 ``fastpeft.reference``. What this installation can run: :func:`backends`, or ``python -m fastpeft doctor``.
 """
 

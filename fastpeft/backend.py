@@ -37,7 +37,7 @@ _LIBRARIES = {
 
 def _load_extension() -> tuple[ModuleType | None, str]:
     try:
-        from fastpeft import _C
+        from fastpeft import _C  # type: ignore[attr-defined]
     except ImportError as error:
         if importlib.util.find_spec("fastpeft._C") is None:
             return None, "not built: install fastpeft with a C++ compiler at hand"

@@ -18,7 +18,7 @@ _SAYS_NOTHING = frozenset(
     "auto_mapping base_model_name_or_path fan_in_fan_out inference_mode megatron_core peft_type peft_version "
     "qalora_group_size revision runtime_config task_type".split()
 )
-_OFF = (None, False, "none", 0, 0.0, "", [], {}, ())
+_OFF: tuple[Any, ...] = (None, False, "none", 0, 0.0, "", [], {}, ())
 
 _Config = TypeVar("_Config", bound="AdapterConfig")
 
@@ -73,7 +73,11 @@ class AdapterConfig:
         """
         known = {field.name for field in dataclasses.fields(cls)}
         for name, value in values.items():
-            if name not in known and name not in _SAYS_NOTHING and not any(value is off or value == off for off in _OFF):
+            if (
+                name not in known
+                and name not in _SAYS_NOTHING
+                and not any(value is off or value == off for off in _OFF)
+            ):
                 raise ValueError(f"{source}: option {name}={value!r} is not supported for {cls.peft_type}")
         return cls(**{name: value for name, value in values.items() if name in known})
 

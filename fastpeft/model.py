@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from fastpeft import files
 from fastpeft.config import AdapterConfig, in_wanted_layer, matches
@@ -21,7 +21,7 @@ from fastpeft.nn.linear import check_adapter_name, features_of, make_adapted, me
 
 
 def adapt(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.Module:
-    """Adds an adapter to a model, in place, freezes everything that is not an adapter, and makes this one the active one.
+    """Adds an adapter to a model, in place, freezes everything that is not one, and makes this one the active one.
 
     A freshly adapted model computes exactly what it computed before. Parts that are to be trained beside the adapter,
     such as a new classification head, are set free again afterwards with ``requires_grad_()``.
@@ -151,8 +151,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     """Writes an adapter to a folder: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     LoRA, BOFT and FourierFT are written in PEFT's format. MoS has a format of its own: each pool once as
-    ``pools.<kind>.pool_A`` and ``.pool_B``, and each layer's shard numbers as ``layers.<path>.index_A`` and ``.index_B``.
-    An interruption leaves the files that were there.
+    ``pools.<kind>.pool_A`` and ``.pool_B``, and each layer's shard numbers as ``layers.<path>.index_A`` and
+    ``.index_B``. An interruption leaves the files that were there.
 
     Args:
         adapter_name: which one; may be left out where exactly one is active.
@@ -169,7 +169,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         adapter_name = active[0]
     adapters = [layer.adapters[adapter_name] for layer in layers.values() if adapter_name in layer.adapters]
     if not adapters:
-        raise ValueError(f"adapter_name must be one of {', '.join(adapter_names(model)) or '(none)'}, got {adapter_name!r}")
+        raise ValueError(
+            f"adapter_name must be one of {', '.join(adapter_names(model)) or '(none)'}, got {adapter_name!r}"
+        )
     method = type(adapters[0])
     values = adapters[0].config.to_dict()
     if values["target_modules"] == "all-linear":  # what that means is the model's affair, so write what it meant
@@ -255,7 +257,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     if wanted is None:
         raise ValueError("target_modules must be given: 'all-linear', a regular expression or a list of names")
     everything = wanted == "all-linear"
-    outputs = model.get_output_embeddings() if everything and hasattr(model, "get_output_embeddings") else None
+    find_outputs: Any = getattr(model, "get_output_embeddings", lambda: None)
+    outputs = find_outputs() if everything else None
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=False):  # a layer used twice goes by any of its paths
@@ -286,7 +289,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module maps x to W x: nn.Linear and its kin, quantised linears, transformers' Conv1D."""
-    if features_of(module) is None or isinstance(getattr(module, "weight", None), UninitializedTensorMixin):
+    if features_of(module) is None or any(is_lazy(parameter) for parameter in module.parameters()):
         return False
     return all(name == "adapters" for name, _ in module.named_children())
 
@@ -322,7 +325,7 @@ def _attach(model: nn.Module, layers: dict[str, nn.Module], adapters: Sequence[A
         make_adapted(module)
         module.add_adapter(name, adapter)  # type: ignore[operator]
         if isinstance(_parent(model, path), nn.TransformerEncoderLayer) and not module._forward_pre_hooks:
-            # Without gradients it hands its weights to one fused kernel, past our layers, unless one of them has a hook.
+            # Without gradients it hands its weights to one fused kernel, past our layers, unless one has a hook.
             module.register_forward_pre_hook(_keep_calling)
     adapted = adapted_layers(model).values()
     ours = {id(parameter) for layer in adapted for parameter in layer.adapters.parameters()}

@@ -22,6 +22,9 @@ class Site:
     device: torch.device
     dtype: torch.dtype  # of the adapter's parameters
 
+    def parameter(self, *shape: int, fill: float = 0.0) -> nn.Parameter:
+        return nn.Parameter(torch.full(shape, fill, device=self.device, dtype=self.dtype))
+
     def error(self, message: str) -> ValueError:
         return ValueError(f"layer {self.path!r} ({self.in_features} -> {self.out_features}): {message}")
 

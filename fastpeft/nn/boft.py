@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastpeft import reference
 from fastpeft.config import AdapterConfig, require_int, require_probability
 from fastpeft.nn.adapter import Adapter, Site
 from fastpeft.nn.linear import AdaptedLinear
@@ -34,7 +33,7 @@ class BOFTConfig(AdapterConfig):
         boft_n_butterfly_factor: m, the number of factors; in_features must be a multiple of b · 2^(m−1).
         boft_dropout: multiplicative dropout: while training, this share of the blocks of one random factor is the
             identity.
-        init_weights: True: R is the identity and s is one. False: random, so that the adapter changes the model at once.
+        init_weights: True: R is the identity and s is one. False: random, so that the adapter changes the model.
     """
 
     peft_type: ClassVar[str] = "BOFT"
@@ -74,9 +73,8 @@ class BOFTAdapter(Adapter):
         if reason := butterfly_misfit(features, block_size, factors):
             raise site.error(f"boft_block_size={block_size}, boft_n_butterfly_factor={factors}: {reason}")
         self.dropout_p = config.boft_dropout
-        options = {"device": site.device, "dtype": site.dtype}
-        self.boft_R = nn.Parameter(torch.zeros(factors, features // block_size, block_size, block_size, **options))
-        self.boft_s = nn.Parameter(torch.ones(site.out_features, 1, **options))
+        self.boft_R = site.parameter(factors, features // block_size, block_size, block_size)
+        self.boft_s = site.parameter(site.out_features, 1, fill=1.0)
         if not config.init_weights:
             nn.init.normal_(self.boft_R, std=0.1)
             nn.init.normal_(self.boft_s, mean=1.0, std=0.1)
@@ -88,8 +86,8 @@ class BOFTAdapter(Adapter):
         factors = {t.shape[0] for key, t in tensors.items() if key.endswith(".boft_R") and t.dim() == 4}
         if factors == {1} and config.boft_n_butterfly_factor > 1:
             warnings.warn(
-                f"the file says boft_n_butterfly_factor={config.boft_n_butterfly_factor}, but its tensors have one factor, "
-                "as PEFT trains where its CUDA helper does not build: loaded with one factor",
+                f"the file says boft_n_butterfly_factor={config.boft_n_butterfly_factor}, but its tensors have one "
+                "factor, as PEFT trains where its CUDA helper does not build: loaded with one factor",
                 stacklevel=4,
             )
             return BOFTConfig(**{**vars(config), "boft_n_butterfly_factor": 1})

@@ -104,9 +104,7 @@ class FourierFTAdapter(Adapter):
 
     def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         rows, cols, tables = self.places.on(x.device)
-        return fourier_linear_with(
-            x, weight, bias, self.spectrum, tables, rows, cols, self.places.shape, self.scaling
-        )
+        return fourier_linear_with(x, weight, bias, self.spectrum, tables, rows, cols, self.places.shape, self.scaling)
 
     def delta(self, x: Tensor) -> Tensor:
         return self.linear(x, None, None)

@@ -8,7 +8,7 @@ objects, its hooks and its state-dict keys, ``isinstance`` goes on being true, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from fastpeft.nn.adapter import Adapter, Site
 
 
-class Adapted:
+class Adapted(nn.Module):
     """The part of an adapted layer that does not depend on its base; comes before the base class."""
 
     adapters: nn.ModuleDict
     active: tuple[str, ...]
+    weight: Any
+    bias: Any
     _base_weight: Tensor | None
     _merged: tuple[str, ...]
     _base_class: ClassVar[type[nn.Module]]  # what the layer would be without its adapters
@@ -42,10 +44,10 @@ class Adapted:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._merged or not self.active:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(x, *args, **kwargs)
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        adapters = [self.adapters[name] for name in self.active]
+        adapters = [self.adapter(name) for name in self.active]
         if len(adapters) == 1 and self._base_is_linear and type(self.weight) in (nn.Parameter, Tensor):
             return adapters[0].linear(x, self.weight, self.bias, *args, **kwargs)
         # y = post(W · pre(x) + b) + Σ delta(x), the bias standing outside of post. Rotations compose as PEFT's do: the
@@ -54,7 +56,7 @@ class Adapted:
         z = x
         for adapter in reversed(rotations):
             z = adapter.pre(z)
-        y = super().forward(z, *args, **kwargs)  # type: ignore[misc]
+        y = super().forward(z, *args, **kwargs)
         if rotations:
             bias = getattr(self, "bias", None)
             y = y if bias is None else y - bias
@@ -66,6 +68,9 @@ class Adapted:
                 y = y + adapter.delta(x)
         return y
 
+    def adapter(self, name: str) -> Adapter:
+        return self.adapters[name]  # type: ignore[return-value]
+
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         self.adapters[name] = adapter
 
@@ -76,7 +81,7 @@ class Adapted:
             ValueError: the base has no plain matrix to merge into, or the result is not finite.
         """
         weight = merge_target(self)
-        adapters = [self.adapters[name] for name in names]
+        adapters = [self.adapter(name) for name in names]
         with torch.no_grad():
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             for adapter in adapters:
@@ -123,10 +128,10 @@ class Adapted:
 
     def extra_repr(self) -> str:
         state = f", merged={list(self._merged)}" if self._merged else ""
-        return f"{super().extra_repr()}, active={list(self.active)}{state}"  # type: ignore[misc]
+        return f"{super().extra_repr()}, active={list(self.active)}{state}"
 
 
-class AdaptedLinear(Adapted, nn.Linear):
+class AdaptedLinear(Adapted, nn.Linear):  # type: ignore[misc]
     """An ``nn.Linear`` that holds adapters. Made by ``fastpeft.adapt``, or from a layer by a method's own subclass."""
 
     adapter_class: ClassVar[type[Adapter] | None] = None
@@ -192,10 +197,10 @@ def make_adapted(module: nn.Module) -> None:
     """Turns a layer into an adapted one, in place. Does nothing to one that is adapted already."""
     if not isinstance(module, Adapted):
         prepare(module)
-        module.__class__ = adapted_class(type(module))
+        module.__class__ = adapted_class(type(module))  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=None)
+@cache
 def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     """The adapted subclass of a layer class. One class for each base, so that types stay comparable."""
     if base is nn.Linear:
@@ -210,7 +215,7 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
 
 
 def _restore(base: type[nn.Module]) -> Any:
-    cls = adapted_class(base)
+    cls = adapted_class(base)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
@@ -250,17 +255,19 @@ def merge_target(module: nn.Module) -> Tensor:
     features = features_of(module)
     if type(weight) is not nn.Parameter or not weight.dtype.is_floating_point or features is None:
         raise ValueError(
-            f"a {type(module).__name__} has no dense floating-point weight to merge into: keep the adapter beside it, or "
-            "load the base model unquantised"
+            f"a {type(module).__name__} has no dense floating-point weight to merge into: keep the adapter beside it, "
+            "or load the base model unquantised"
         )
     matrix = weight.T if stores_transposed(module) else weight
     if tuple(matrix.shape) != features[::-1]:
-        raise ValueError(f"the weight of a {type(module).__name__} has shape {tuple(weight.shape)}, not {features[::-1]}")
+        raise ValueError(
+            f"the weight of a {type(module).__name__} has shape {tuple(weight.shape)}, not {features[::-1]}"
+        )
     return matrix
 
 
 def check_adapter_name(name: Any) -> None:
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"adapter_name must be a non-empty string without dots that names no dict method, got {name!r}")
-
-
+        raise ValueError(
+            f"adapter_name must be a non-empty string without dots that names no dict method, got {name!r}"
+        )

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from fastpeft import reference
@@ -63,9 +62,8 @@ class LoRAAdapter(Adapter):
         alpha = value_for(site.path, config.alpha_pattern, config.lora_alpha)
         self.scaling = reference.lora.lora_scaling(self.r, alpha, config.use_rslora)
         self.dropout = make_dropout(config.lora_dropout)
-        options = {"device": site.device, "dtype": site.dtype}
-        self.lora_A = nn.Parameter(torch.empty(self.r, site.in_features, **options))
-        self.lora_B = nn.Parameter(torch.zeros(site.out_features, self.r, **options))
+        self.lora_A = site.parameter(self.r, site.in_features)
+        self.lora_B = site.parameter(site.out_features, self.r)
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
         else:

@@ -1,9 +1,9 @@
 """MoS, Mixture of Shards (ICLR 2025, arXiv 2410.00938): LoRA matrices assembled from pools that layers share.
 
-The layers of one kind (the same last part of the path, the same sizes) share a pool for A and one for B. With L layers,
-l shards per vector and pool rank e, a pool has e · L · l shards. The last p · L · l are private: layer i owns its p · l.
-The rest is public, and each layer draws the shards of its other r − p rows from it without replacement. A and B draw
-independently. All draws come from ``seed`` and the kind's name, on the CPU, whatever the device.
+The layers of one kind (the same last part of the path, the same sizes) share a pool for A and one for B. With L
+layers, l shards per vector and pool rank e, a pool has e · L · l shards. The last p · L · l are private: layer i owns
+its p · l. The rest is public, and each layer draws the shards of its other r − p rows from it without replacement.
+A and B draw independently. All draws come from ``seed`` and the kind's name, on the CPU, whatever the device.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,13 @@ class MoSAdapter(Adapter):
     index_B: Tensor
 
     def __init__(
-        self, config: MosConfig, site: Site, pool_A: nn.Parameter, pool_B: nn.Parameter, index_A: Tensor, index_B: Tensor
+        self,
+        config: MosConfig,
+        site: Site,
+        pool_A: nn.Parameter,
+        pool_B: nn.Parameter,
+        index_A: Tensor,
+        index_B: Tensor,
     ) -> None:
         super().__init__(config, site)
         self.kind = kind_of(site)
@@ -121,16 +127,19 @@ class MoSAdapter(Adapter):
         for name, size in (("in", first.in_features), ("out", first.out_features)):
             if size % shards:
                 raise first.error(f"shards_per_vector={shards} does not divide its {name}_features, {size}")
-        wanted, public = (config.r - config.private_rank) * shards, (config.pool_rank - config.private_rank) * n_layers * shards
+        wanted, public = (
+            (config.r - config.private_rank) * shards,
+            (config.pool_rank - config.private_rank) * n_layers * shards,
+        )
         if wanted > public:
             raise first.error(
                 f"r={config.r} with private_rank={config.private_rank} draws {wanted} public shards, but the pool of "
-                f"pool_rank={config.pool_rank} for {n_layers} layer(s) of kind {kind!r} has {public}: raise pool_rank or lower r"
+                f"pool_rank={config.pool_rank} for {n_layers} layer(s) of kind {kind!r} has {public}: raise pool_rank "
+                "or lower r"
             )
         n_shards = config.pool_rank * n_layers * shards
-        options = {"device": first.device, "dtype": first.dtype}
-        pool_A = nn.Parameter(torch.empty(n_shards, first.in_features // shards, **options))
-        pool_B = nn.Parameter(torch.zeros(n_shards, first.out_features // shards, **options))
+        pool_A = first.parameter(n_shards, first.in_features // shards)
+        pool_B = first.parameter(n_shards, first.out_features // shards)
         # kaiming_uniform(a=√5) of an assembled row: fan is the row's length, not the shard's.
         nn.init.uniform_(pool_A, -1 / math.sqrt(first.in_features), 1 / math.sqrt(first.in_features))
         if not config.init_weights:
@@ -164,15 +173,15 @@ class MoSAdapter(Adapter):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if dropout_active(self.dropout):
             return nn.functional.linear(x, weight, bias) + self.delta(x)
-        return mos_linear(x, weight, bias, *self._shards(), self.scaling)
+        return mos_linear(x, weight, bias, *self.shards(), self.scaling)
 
     def delta(self, x: Tensor) -> Tensor:
-        return mos_linear(self.dropout(x), None, None, *self._shards(), self.scaling)
+        return mos_linear(self.dropout(x), None, None, *self.shards(), self.scaling)
 
     def delta_weight(self) -> Tensor:
-        return reference.mos.mos_weight(*self._shards(), self.scaling)
+        return reference.mos.mos_weight(*self.shards(), self.scaling)
 
-    def _shards(self) -> tuple[Any, ...]:
+    def shards(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.pool_A, self.index_A, self.pool_B, self.index_B
 
     def extra_repr(self) -> str:

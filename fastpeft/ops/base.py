@@ -61,12 +61,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts as autocast does for a linear layer, differentiably. The first tensor decides; it must not be None."""
-    x = tensors[0]
-    assert x is not None
+def cast_for_autocast(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Casts as autocast does for a linear layer, differentiably."""
     dtype = autocast_dtype(x)
-    return tensors if dtype is None else tuple(None if t is None else t.to(dtype) for t in tensors)
+    if dtype is None:
+        return x, weight, bias
+    return x.to(dtype), None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:

@@ -37,22 +37,25 @@ BUTTERFLY_BWD = Operator(
 
 
 class CayleyFunction(torch.autograd.Function):
-    """Q = (I − S)(I + S)⁻¹ = 2 M − I with M = (I + S)⁻¹; dQ = −2 M dS M, so dS = −2 Mᵀ G Mᵀ, M = (Q + I) / 2."""
+    """With M = (I + S)⁻¹ = ½ (Q + I): Q = 2 M − I, so dQ = −2 M dS M and ∂L/∂S = −2 Mᵀ G Mᵀ = −½ (Q + I)ᵀ G (Q + I)ᵀ.
+
+    Q itself comes from a solve: doubling an inverse would double its error.
+    """
 
     @staticmethod
     def forward(ctx, skew):
-        wide = skew.to(torch.promote_types(skew.dtype, torch.float32))
-        identity = torch.eye(skew.shape[-1], dtype=wide.dtype, device=wide.device)
-        inverse, _ = torch.linalg.inv_ex(identity + wide)
-        ctx.save_for_backward(inverse)
-        return (2 * inverse - identity).to(skew.dtype)
+        identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+        q, _ = torch.linalg.solve_ex(identity + skew, identity - skew, left=False)
+        ctx.save_for_backward(q)
+        return q
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
+        (q,) = ctx.saved_tensors
         with base.without_autocast(grad):
-            return (-2 * inverse.mT @ grad.to(inverse.dtype) @ inverse.mT).to(grad.dtype)
+            twice = (q + torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)).mT
+            return twice @ grad @ twice * -0.5
 
 
 def cayley(
@@ -73,7 +76,8 @@ def cayley(
     if BUTTERFLY_FWD.choose(skew) == "reference":
         return reference.boft.cayley(skew)
     with base.without_autocast(skew):
-        return CayleyFunction.apply(skew)
+        wide = skew.to(torch.promote_types(skew.dtype, torch.float32))
+        return CayleyFunction.apply(wide).to(skew.dtype)
 
 
 def boft_blocks(

@@ -77,9 +77,7 @@ def _make_bags(source_place: Tensor, source_length: int, target_place: Tensor, t
 def make_tables(rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> Tables:
     """Tables for places that are known to lie inside (out, in)."""
     out_features, in_features = shape
-    return Tables(
-        _make_bags(cols, in_features, rows, out_features), _make_bags(rows, out_features, cols, in_features)
-    )
+    return Tables(_make_bags(cols, in_features, rows, out_features), _make_bags(rows, out_features, cols, in_features))
 
 
 def check_places(rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> None:
@@ -148,7 +146,9 @@ def fourier_fwd(
     scaling: float,
 ) -> Tensor:  # (T, out)
     """The base product with the delta added into it."""
-    return _add_delta(None if weight is None else F.linear(x, weight, bias), x, spectrum, tables.forward, shape, scaling)
+    return _add_delta(
+        None if weight is None else F.linear(x, weight, bias), x, spectrum, tables.forward, shape, scaling
+    )
 
 
 def _add_delta(
@@ -225,7 +225,8 @@ class FourierFunction(torch.autograd.Function):
     def backward(ctx, grad):
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[3])
         with base.without_autocast(grad):
-            dx, dspectrum = fourier_bwd(grad, *ctx.saved_tensors, ctx.tables, ctx.shape, ctx.scaling, needs)
+            x, weight, spectrum = ctx.saved_tensors
+            dx, dspectrum = fourier_bwd(grad, x, weight, spectrum, ctx.tables, ctx.shape, ctx.scaling, needs)
         return dx, None, None, dspectrum, None, None, None
 
 

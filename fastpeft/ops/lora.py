@@ -100,9 +100,10 @@ class LoRAFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4))
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4])
         with base.without_autocast(grad):
-            dx, dA, dB = lora_bwd(grad, *ctx.saved_tensors, ctx.scaling, needs)
+            x, weight, lora_A, lora_B, h = ctx.saved_tensors
+            dx, dA, dB = lora_bwd(grad, x, weight, lora_A, lora_B, h, ctx.scaling, needs)
         return dx, None, None, dA, dB, None, None
 
 

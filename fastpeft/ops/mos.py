@@ -124,7 +124,9 @@ class MoSFunction(torch.autograd.Function):
             dx, dA, dB = lora.lora_bwd(grad, x, weight, lora_A, lora_B, h, ctx.scaling, needs)
             dpool_A = _pool_gradient(tap_A, pool_A, index_A, dA)
             dpool_B = _pool_gradient(tap_B, pool_B, index_B, None if dB is None else dB.T)
-        return dx, None, None, dpool_A, None, dpool_B, None, None, None, None, None
+        # The tokens' gradients are empty, but they are what tells a second derivative that it was refused.
+        token_A, token_B = (None if tap is None else grad.new_empty(0) for tap in ctx.taps)
+        return dx, None, None, dpool_A, None, dpool_B, None, None, token_A, token_B, None
 
 
 def mos_linear(
@@ -139,9 +141,9 @@ def mos_linear(
 ) -> Tensor:  # (..., out)
     """y = W x + b + s · B (A x), A and B assembled from shards: MoS (ICLR 2025, arXiv 2410.00938).
 
-    Row j of A is the shards pool_A[index_A[j]] side by side; column j of B is pool_B[index_B[j]]. Differentiable once in
-    x and the pools, and in weight and bias where they ask for it. Indices must lie in [0, n_shards): layers check theirs
-    when they are made, see :func:`check_index`.
+    Row j of A is the shards pool_A[index_A[j]] side by side; column j of B is pool_B[index_B[j]]. Differentiable once
+    in x and the pools, and in weight and bias where they ask for it. Indices must lie in [0, n_shards): layers check
+    theirs when they are made, see :func:`check_index`.
 
     Args:
         x: (..., in), any floating-point dtype.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def cayley(
@@ -73,4 +74,6 @@ def boft_linear(
     boft_s: Tensor,  # (out, 1)
 ) -> Tensor:  # (..., out)
     """y = ((x R) Wᵀ) ⊙ s + b: the rotation acts on the input side of a frozen W, the bias is not scaled."""
-    return torch.nn.functional.linear(x, boft_weight(weight, boft_R, boft_s), bias)
+    rotated = butterfly(x, boft_blocks(boft_R))
+    y = F.linear(rotated, weight).to(boft_s.dtype) * boft_s.squeeze(-1)
+    return (y if bias is None else y + bias).to(x.dtype)

@@ -1,0 +1,420 @@
+"""The fast forms against the reference: values, gradients, every dtype, awkward shapes and strides, every backend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastpeft
+from fastpeft import functional, reference
+from fastpeft.backend import OPERATORS
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def poison_unwritten_memory():
+    """torch.empty gives NaN, so an element that nobody writes shows. Compiled operators allocate through it too."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@dataclass
+class Case:
+    """A method at one size: its fast function, its formula, and how to draw what goes in besides x, weight and bias."""
+
+    name: str
+    fast: Callable[..., Tensor]
+    formula: Callable[..., Tensor]
+    sizes: tuple[int, int]  # in, out
+    draw: Callable[[torch.Generator], tuple]  # float64 tensors to differentiate first, then the fixed arguments
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.sizes[0]}x{self.sizes[1]}"
+
+
+def randn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def lora_case(d_in: int, d_out: int, r: int) -> Case:
+    def draw(g):
+        return (randn(g, r, d_in) / d_in**0.5, randn(g, d_out, r)), (0.7,)
+
+    return Case(f"lora-r{r}", functional.lora_linear, reference.lora.lora_linear, (d_in, d_out), draw)
+
+
+def mos_case(d_in: int, d_out: int, r: int, shards: int, n_shards: int) -> Case:
+    def draw(g):
+        index_A, index_B = (torch.randint(n_shards, (r, shards), generator=g) for _ in range(2))
+        return (
+            randn(g, n_shards, d_in // shards) / d_in**0.5,
+            randn(g, n_shards, d_out // shards),
+        ), (index_A, index_B, 0.7)
+
+    def reorder(function):
+        return lambda x, w, b, pool_A, pool_B, index_A, index_B, s: function(
+            x, w, b, pool_A, index_A, pool_B, index_B, s
+        )
+
+    fast, formula = reorder(functional.mos_linear), reorder(reference.mos.mos_linear)
+    return Case(f"mos-r{r}l{shards}", fast, formula, (d_in, d_out), draw)
+
+
+def boft_case(d_in: int, d_out: int, block: int, factors: int) -> Case:
+    def draw(g):
+        return (randn(g, factors, d_in // block, block, block), 1 + 0.3 * randn(g, d_out, 1)), ()
+
+    return Case(f"boft-b{block}m{factors}", functional.boft_linear, reference.boft.boft_linear, (d_in, d_out), draw)
+
+
+def fourier_case(d_in: int, d_out: int, n: int) -> Case:
+    def draw(g):
+        places = torch.randperm(d_in * d_out, generator=g)[:n]
+        return (randn(g, n),), (places // d_in, places % d_in, float(d_in * d_out) ** 0.5)
+
+    name = f"fourierft-n{n}"
+    return Case(name, functional.fourier_linear, reference.fourierft.fourier_linear, (d_in, d_out), draw)
+
+
+CASES = [
+    lora_case(16, 16, 4),
+    lora_case(37, 11, 3),  # primes, wider than tall
+    lora_case(1, 130, 1),  # one input feature
+    mos_case(16, 24, 3, 4, 20),
+    mos_case(35, 21, 2, 7, 9),  # odd shards, shards drawn twice
+    mos_case(6, 5, 4, 1, 4),  # one shard a vector: plain LoRA
+    boft_case(24, 10, 2, 3),  # smallest block, three factors
+    boft_case(48, 17, 8, 2),
+    boft_case(64, 64, 16, 1),
+    boft_case(64, 9, 32, 2),  # one window over the whole row
+    boft_case(35, 8, 5, 1),  # odd block: no half-blocks, one factor
+    boft_case(24, 5, 6, 3),  # even block without a specialisation
+    boft_case(640, 16, 4, 5),  # window of 64 in a row that one cache range cannot hold
+    fourier_case(16, 24, 40),
+    fourier_case(17, 13, 60),  # primes
+    fourier_case(12, 7, 84),  # every place taken, both own mirror images
+    fourier_case(1, 9, 5),  # one column
+    fourier_case(30, 2, 11),
+]
+
+
+def inputs(case: Case, dtype: torch.dtype, tokens: tuple[int, ...] = (19,), seed: int = 0):
+    """x, weight, bias and the adapter's tensors as float64 numbers that the dtype can hold, and the fixed arguments."""
+    g = torch.Generator().manual_seed(seed)
+    d_in, d_out = case.sizes
+    trained, fixed = case.draw(g)
+    base = (randn(g, *tokens, d_in), randn(g, d_out, d_in) / d_in**0.5, randn(g, d_out))
+    hold = [tensor.to(dtype).double() for tensor in (*base, *trained)]
+    return hold, fixed, randn(g, *tokens, d_out).to(dtype).double()
+
+
+def run(function, tensors, fixed, grad):
+    """Output and gradients of x and of the adapter's tensors."""
+    x, weight, bias, *trained = tensors
+    wanted = [x.detach().requires_grad_(), *(t.detach().requires_grad_() for t in trained)]
+    y = function(wanted[0], weight, bias, *wanted[1:], *fixed)
+    return [y.detach(), *torch.autograd.grad(y, wanted, grad)]
+
+
+def size(tensor: Tensor) -> float:
+    """Root mean square: steadier than the largest entry, of which a small tensor has few to choose from."""
+    return float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return size(found.double() - exact)
+
+
+def pooled(function, case: Case, tokens: tuple[int, ...], cast, seeds: int = 4) -> list[Tensor]:
+    """Output and gradients for several draws: a small result alone can be right to the last bit by luck."""
+    results = []
+    for seed in range(seeds):
+        tensors, fixed, grad = inputs(case, cast.held_in, tokens, seed)
+        *tensors, grad = cast(*tensors, grad)
+        results.append(run(function, tensors, fixed, grad))
+    return [torch.stack(same) for same in zip(*results, strict=True)]
+
+
+class To:
+    """Casts everything that goes into a run. held_in: the dtype whose numbers the inputs are."""
+
+    def __init__(self, dtype: torch.dtype, held_in: torch.dtype, adapter_dtype: torch.dtype | None = None) -> None:
+        self.dtype, self.held_in, self.adapter_dtype = dtype, held_in, adapter_dtype or dtype
+
+    def __call__(self, x, weight, bias, *rest):
+        *trained, grad = rest
+        return (
+            *(t.to(self.dtype) for t in (x, weight, bias)),
+            *(t.to(self.adapter_dtype) for t in trained),
+            grad.to(self.dtype),
+        )
+
+
+def check_against_formula(
+    case: Case, dtype: torch.dtype, tokens: tuple[int, ...] = (19,), adapter_dtype: torch.dtype | None = None
+) -> None:
+    # In 16 bits the formula cannot be composed (solve and FFT need 32). Composed in float32 from the same numbers and
+    # rounded once, it errs less than any 16-bit composition, so this is the stricter bound.
+    held_in = torch.float32 if dtype == torch.float64 else dtype
+    exact = pooled(case.formula, case, tokens, To(torch.float64, held_in))
+    plain = pooled(case.formula, case, tokens, To(torch.float32, held_in))
+    found = pooled(case.fast, case, tokens, To(dtype, held_in, adapter_dtype))
+    wanted = [dtype, dtype, *([adapter_dtype or dtype] * len(found[2:]))]
+    for name, f, p, e, want in zip(("y", "dx", "d1", "d2"), found, plain, exact, wanted, strict=False):
+        assert f.shape == e.shape and f.dtype == want, name
+        rounded = p if dtype == torch.float64 else p.to(want)
+        allowed = 2 * max(error(rounded, e), torch.finfo(rounded.dtype).eps * size(e))
+        if dtype == torch.float64:
+            # There is nothing more exact to hold float64 against: float32's bound, scaled by their rounding errors.
+            allowed *= torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        if want == torch.float32 and dtype != torch.float32:
+            # What reaches a float32 gradient has passed through 16-bit activations once.
+            allowed = max(allowed, 2 * torch.finfo(dtype).eps * size(e))
+        assert error(f, e) <= allowed, f"{name}: error {error(f, e):.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients_match_the_formula(case: Case, dtype: torch.dtype):
+    check_against_formula(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float32_adapters_over_a_16_bit_base(case: Case, dtype: torch.dtype):
+    check_against_formula(case, dtype, adapter_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradcheck(case: Case):
+    tensors, fixed, _ = inputs(case, torch.float64, tokens=(3,))
+    x, weight, bias, *trained = tensors
+    wanted = [x.requires_grad_(), *(t.requires_grad_() for t in trained)]
+    assert torch.autograd.gradcheck(lambda x, *a: case.fast(x, weight, bias, *a, *fixed), wanted, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_base_gradients_where_they_are_wanted(case: Case):
+    """weight and bias are frozen in use, but asking for their gradients must not be answered with silence."""
+    tensors, fixed, grad = inputs(case, torch.float64, tokens=(4,))
+    results = []
+    for function in (case.fast, case.formula):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        results.append(torch.autograd.grad(function(*leaves, *fixed), leaves, grad))
+    for found, exact in zip(*results, strict=True):
+        torch.testing.assert_close(found, exact)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        (),  # a vector
+        (0,),  # no rows
+        (1,),
+        (2, 0, 3),  # no rows among leading sizes
+        (2, 3, 5),
+        (33,),  # two whole chunks of the butterfly's loops and one token
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_leading_shapes(case: Case, tokens: tuple[int, ...]):
+    check_against_formula(case, torch.float32, tokens)
+
+
+def strided(tensor: Tensor, how: str) -> Tensor:
+    """The same numbers in other places."""
+    if how == "slice":  # columns of a wider tensor
+        wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), float("nan"), dtype=tensor.dtype)
+        wide[..., 1:-2] = tensor
+        return wide[..., 1:-2]
+    if how == "transposed":
+        return tensor.mT.contiguous().mT
+    if how == "every other row":
+        return torch.stack([tensor, torch.full_like(tensor, float("nan"))], dim=1).flatten(0, 1)[::2]
+    raise AssertionError(how)
+
+
+@pytest.mark.parametrize("how", ["slice", "transposed", "every other row"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_strides(case: Case, how: str):
+    tensors, fixed, grad = inputs(case, torch.float32)
+    tensors, grad = [t.float() for t in tensors], grad.float()
+    expected = run(case.fast, tensors, fixed, grad)
+    moved = [t if t.dim() != 2 else strided(t, how) for t in tensors]
+    for found, same in zip(run(case.fast, moved, fixed, strided(grad, how)), expected, strict=True):
+        torch.testing.assert_close(found, same)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_broadcast_input(case: Case):
+    tensors, fixed, _ = inputs(case, torch.float32, tokens=(1,))
+    x, *rest = [t.float() for t in tensors]
+    y = case.fast(x.expand(5, -1), *rest, *fixed)
+    torch.testing.assert_close(y, case.fast(x, *rest, *fixed).expand(5, -1))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_without_gradients_the_same_numbers(case: Case):
+    tensors, fixed, _ = inputs(case, torch.float32)
+    low = [t.float() for t in tensors]
+    with torch.no_grad():
+        plain = case.fast(*low, *fixed)
+    leaves = [low[0].requires_grad_(), low[1], low[2], *(t.requires_grad_() for t in low[3:])]
+    assert torch.equal(plain, case.fast(*leaves, *fixed))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_backend_is_the_formula(case: Case):
+    tensors, fixed, grad = inputs(case, torch.float64)
+    with fastpeft.use_backend("reference"):
+        found = run(case.fast, tensors, fixed, grad)
+    for f, e in zip(found, run(case.formula, tensors, fixed, grad), strict=True):
+        torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_second_derivatives_are_refused(case: Case):
+    """Better than a silent wrong answer: the fast forms are differentiable once, the reference any number of times."""
+    tensors, fixed, _ = inputs(case, torch.float64, tokens=(2,))
+    x, weight, bias, *trained = tensors
+    leaves = [t.requires_grad_() for t in trained]
+
+    def second() -> None:
+        y = case.fast(x, weight, bias, *leaves, *fixed)
+        (first,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
+        first.square().sum().backward()
+
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        second()
+    with fastpeft.use_backend("reference"):
+        second()
+
+
+@pytest.mark.parametrize("sizes", [(16, 24), (17, 13), (1, 9), (30, 2), (1, 1)], ids=str)
+def test_fourier_weight(sizes: tuple[int, int]):
+    g = torch.Generator().manual_seed(1)
+    d_out, d_in = sizes
+    for n in {1, d_out * d_in // 2 or 1, d_out * d_in}:
+        places = torch.randperm(d_out * d_in, generator=g)[:n]
+        arguments = (places // d_in, places % d_in, sizes, 3.0)
+        spectrum = randn(g, n).requires_grad_()
+        dense = functional.fourier_weight(spectrum, *arguments)
+        torch.testing.assert_close(dense, reference.fourierft.fourier_weight(spectrum, *arguments))
+        assert torch.autograd.gradcheck(lambda s, a=arguments: functional.fourier_weight(s, *a), spectrum)
+
+
+def test_cayley_is_orthogonal_for_large_matrices_too():
+    g = torch.Generator().manual_seed(0)
+    skew = 100 * torch.randn(7, 8, 8, generator=g)
+    skew = skew - skew.mT
+    q = functional.cayley(skew)
+    exact = reference.boft.cayley(skew.double())
+    assert error(q, exact) <= 2 * max(error(reference.boft.cayley(skew), exact), 1.2e-7)
+    torch.testing.assert_close(q @ q.mT, torch.eye(8).expand(7, 8, 8), atol=1e-5, rtol=0)
+
+
+BUTTERFLIES = [(24, 2, 3), (48, 8, 2), (35, 5, 1), (640, 4, 5), (512, 8, 2)]  # d, b, m
+
+
+def butterfly_inputs(d: int, b: int, m: int, dtype: torch.dtype = torch.float32, tokens: int = 37):
+    g = torch.Generator().manual_seed(0)
+    blocks = torch.linalg.qr(torch.randn(m, d // b, b, b, generator=g)).Q.contiguous()
+    x, grad = (torch.randn(tokens, d, generator=g).to(dtype) for _ in range(2))
+    return x, blocks, grad
+
+
+@pytest.mark.parametrize("size", BUTTERFLIES, ids=str)
+def test_butterfly_does_not_depend_on_the_number_of_threads(size: tuple[int, int, int]):
+    x, blocks, grad = butterfly_inputs(*size, tokens=100)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y = torch.ops.fastpeft.butterfly_fwd(x, blocks)
+            results.append((y, *torch.ops.fastpeft.butterfly_bwd(grad, x, blocks, True, True)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("size", BUTTERFLIES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_butterfly_opcheck(size: tuple[int, int, int], dtype: torch.dtype):
+    x, blocks, grad = butterfly_inputs(*size, dtype)
+    torch.library.opcheck(torch.ops.fastpeft.butterfly_fwd, (x, blocks))
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(torch.ops.fastpeft.butterfly_bwd, (grad, x, blocks, *needs))
+
+
+def test_lora_triton_opcheck_and_gradients():
+    case = CASES[1]
+    tensors, fixed, _ = inputs(case, torch.float32)
+    torch.library.opcheck(torch.ops.fastpeft_triton.lora_fwd, (*(t.float() for t in tensors), *fixed))
+    with fastpeft.use_backend("triton"):
+        found = run(case.fast, *_float_run(case))
+    for f, e in zip(found, run(case.fast, *_float_run(case)), strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def _float_run(case: Case):
+    tensors, fixed, grad = inputs(case, torch.float32)
+    return [t.float() for t in tensors], fixed, grad.float()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.zeros(3, 4, 5), torch.zeros(1, 1, 5, 5)), "x must have shape"),
+        ((torch.zeros(3, 6), torch.zeros(1, 1, 5, 5)), "blocks cover 5 features, x has 6"),
+        ((torch.zeros(3, 5), torch.zeros(2, 1, 5, 5)), "2 factors of block size 5 do not fit 5"),
+        ((torch.zeros(3, 12), torch.zeros(3, 3, 4, 4)), "3 factors of block size 4 do not fit 12"),
+        ((torch.zeros(3, 5), torch.zeros(1, 1, 5, 5, dtype=torch.float64)), "blocks must be float32"),
+        ((torch.zeros(3, 5, dtype=torch.int64), torch.zeros(1, 1, 5, 5)), "x must be float32, bfloat16 or float16"),
+        ((torch.zeros(3, 5), torch.zeros(1, 5, 5)), "blocks must have shape"),
+    ],
+)
+def test_butterfly_operator_called_directly_checks_its_arguments(arguments, message: str):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastpeft.butterfly_fwd(*arguments)
+    if arguments[0].dtype.is_floating_point:
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.fastpeft.butterfly_bwd(arguments[0], *arguments, True, True)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str):
+    """The chosen set is fixed when the library loads, so each runs in a process of its own."""
+    extension = fastpeft.backend.extension
+    assert extension is not None, fastpeft.backend.extension_status
+    if isa not in extension.supported_isas:
+        pytest.skip(f"this processor does not run {isa}")
+    script = f"""
+import torch, fastpeft, test_ops as t
+assert fastpeft.backend.extension.isa == {isa!r}
+for case in t.CASES:
+    if case.name.startswith("boft"):
+        for dtype in t.DTYPES[:3]:
+            t.test_values_and_gradients_match_the_formula(case, dtype)
+"""
+    folder = os.path.dirname(__file__)
+    env = {**os.environ, "FASTPEFT_ISA": isa, "PYTHONPATH": folder}
+    subprocess.run([sys.executable, "-c", script], check=True, env=env, cwd=folder)
+
+
+def test_operators_are_declared_once_with_fakes():
+    for name, operator in OPERATORS.items():
+        assert operator.schema.startswith(name)
+        for lane, library in (("native", "fastpeft"), ("triton", "fastpeft_triton")):
+            assert hasattr(getattr(torch.ops, library), name) == (lane in operator.order)
