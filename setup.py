@@ -65,15 +65,21 @@ class NinjaBuild(build_ext):
 
     def ninja_file(self, build_dir: Path, target: Path) -> str:
         nvcc = find_nvcc()
-        includes = [CSRC, pybind11.get_include(), sysconfig.get_path("include"), *include_paths("cuda" if nvcc else "cpu")]
+        includes = [
+            CSRC,
+            pybind11.get_include(),
+            sysconfig.get_path("include"),
+            *include_paths("cuda" if nvcc else "cpu"),
+        ]
         cuda_archs = os.environ.get("FASTPEFT_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
         defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
         if nvcc:
             defines += ["-DUSE_CUDA", f"'-DFASTPEFT_CUDA=\"{cuda_archs}\"'"]
         flags = " ".join(["-std=c++20", "-O3", *defines, *(f"-isystem {path}" for path in includes[1:]), f"-I{CSRC}"])
-        gencode = " ".join(
-            f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs.split(";")
-        ) + f" -gencode=arch=compute_{cuda_archs.split(';')[-1]},code=compute_{cuda_archs.split(';')[-1]}"
+        gencode = (
+            " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs.split(";"))
+            + f" -gencode=arch=compute_{cuda_archs.split(';')[-1]},code=compute_{cuda_archs.split(';')[-1]}"
+        )
         libraries = [*(f"-L{path}" for path in library_paths("cuda" if nvcc else "cpu")), "-ltorch", "-ltorch_cpu"]
         if nvcc:
             libraries += ["-ltorch_cuda", "-lcudart"]

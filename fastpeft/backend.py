@@ -100,19 +100,9 @@ def _triton_unavailable(op: Operator, x: Tensor) -> str | None:
     return None
 
 
-_HAS_KERNEL: dict[tuple[str, str], bool] = {}
-
-
 def _has_kernel(name: str, device: str) -> bool:
-    # Remembered only once true: kernels register while the extension loads, and are not taken away again.
-    key = (name, device)
-    if key not in _HAS_KERNEL:
-        dispatch_key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-        found = dispatch_key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, dispatch_key)
-        if not found:
-            return False
-        _HAS_KERNEL[key] = True
-    return True
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 _UNAVAILABLE: dict[str, Callable[[Operator, Tensor], str | None]] = {
@@ -138,6 +128,7 @@ class Operator:
     order: Sequence[str]
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
     name: str = field(init=False)
+    _chosen: dict[tuple[torch.dtype, str], str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.name = self.schema.partition("(")[0]
@@ -159,18 +150,23 @@ class Operator:
             RuntimeError: a backend was forced that this operator lacks or that cannot take the tensors.
         """
         if _forced is None:
-            for backend in self.order:
-                # In interpreter mode the kernels are for tests, which ask for them by name.
-                if backend == "triton" and not x.is_cuda:
-                    continue
-                if backend not in _UNAVAILABLE or _UNAVAILABLE[backend](self, x) is None:
-                    return backend
-        elif _forced not in (*self.order, "reference"):
+            key = (x.dtype, x.device.type)
+            if key not in self._chosen:
+                self._chosen[key] = self._best(x)
+            return self._chosen[key]
+        if _forced not in (*self.order, "reference"):
             raise RuntimeError(f"backend {_forced!r} was asked for, but {self.name} has only {', '.join(self.order)}")
-        elif _forced in _UNAVAILABLE and (reason := _UNAVAILABLE[_forced](self, x)) is not None:
+        if _forced in _UNAVAILABLE and (reason := _UNAVAILABLE[_forced](self, x)) is not None:
             raise RuntimeError(f"backend {_forced!r} was asked for, but cannot run {self.name}: {reason}")
-        else:
-            return _forced
+        return _forced
+
+    def _best(self, x: Tensor) -> str:
+        for backend in self.order:
+            # In interpreter mode the kernels are for tests, which ask for them by name.
+            if backend == "triton" and not x.is_cuda:
+                continue
+            if backend not in _UNAVAILABLE or _UNAVAILABLE[backend](self, x) is None:
+                return backend
         return "torch"
 
     def call(self, backend: str, *args):

@@ -36,8 +36,8 @@ ButterflyShape check_shape(const Tensor& x, const Tensor& blocks) {
                   blocks.size(1) * shape.block, " features, x has ", shape.features);
   STD_TORCH_CHECK(shape.factors == 1 || (shape.block % 2 == 0 && shape.factors < 32 &&
                                          shape.features % (shape.block << (shape.factors - 1)) == 0),
-                  "butterfly: ", shape.factors, " factors of block size ", shape.block, " do not fit ",
-                  shape.features, " features");
+                  "butterfly: ", shape.factors, " factors of block size ", shape.block, " do not fit ", shape.features,
+                  " features");
   return shape;
 }
 
@@ -72,17 +72,16 @@ Tensor butterfly_fwd(const Tensor& x_any, const Tensor& blocks_any) {
   const float* q = static_cast<const float*>(blocks.const_data_ptr());
   const int64_t x_stride = x.stride(0);
 
-  torch::stable::parallel_for(
-      0, token_tasks * ranges, 1 + kGrainWork / work, [&](int64_t begin, int64_t end) {
-        std::vector<float> scratch(butterfly_scratch_floats(shape, {0, count}, 1));
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t first_token = task / ranges * kButterflyTokens;
-          const int64_t first = task % ranges * count;
-          loops().fwd(shape, {first, std::min(count, d - first)}, std::min(kButterflyTokens, tokens - first_token),
-                      x_data + first_token * x_stride * element, x_stride, q,
-                      y_data + first_token * d * element, d, scratch.data());
-        }
-      });
+  torch::stable::parallel_for(0, token_tasks * ranges, 1 + kGrainWork / work, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(butterfly_scratch_floats(shape, {0, count}, 1));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first_token = task / ranges * kButterflyTokens;
+      const int64_t first = task % ranges * count;
+      loops().fwd(shape, {first, std::min(count, d - first)}, std::min(kButterflyTokens, tokens - first_token),
+                  x_data + first_token * x_stride * element, x_stride, q, y_data + first_token * d * element, d,
+                  scratch.data());
+    }
+  });
   return y;
 }
 
@@ -100,7 +99,8 @@ std::tuple<Tensor, Tensor> butterfly_bwd(const Tensor& grad_any, const Tensor& x
   const Tensor blocks = torch::stable::contiguous(blocks_any);
   const int64_t tokens = x.size(0), d = shape.features;
   Tensor dx = torch::stable::new_empty(x, {need_x ? tokens : 0, d});
-  Tensor dblocks = torch::stable::new_zeros(blocks, {need_blocks ? shape.factors : 0, blocks.size(1), shape.block, shape.block});
+  Tensor dblocks =
+      torch::stable::new_zeros(blocks, {need_blocks ? shape.factors : 0, blocks.size(1), shape.block, shape.block});
   if (tokens == 0 || d == 0 || (!need_x && !need_blocks)) return {dx, dblocks};
 
   const int64_t count = range_features(shape, torch::stable::get_num_threads());

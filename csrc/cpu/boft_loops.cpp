@@ -45,26 +45,21 @@ template <int B>
 inline typename Row<B>::type load_row(const float* row, Place at) {
   typename Row<B>::type value;
   __builtin_memcpy(&value, row + at.low, B / 2 * sizeof(float));
-  __builtin_memcpy(reinterpret_cast<char*>(&value) + B / 2 * sizeof(float), row + at.high,
-                   B / 2 * sizeof(float));
+  __builtin_memcpy(reinterpret_cast<char*>(&value) + B / 2 * sizeof(float), row + at.high, B / 2 * sizeof(float));
   return value;
 }
 
 template <int B>
 inline void store_row(float* row, Place at, typename Row<B>::type value) {
   __builtin_memcpy(row + at.low, &value, B / 2 * sizeof(float));
-  __builtin_memcpy(row + at.high, reinterpret_cast<char*>(&value) + B / 2 * sizeof(float),
-                   B / 2 * sizeof(float));
+  __builtin_memcpy(row + at.high, reinterpret_cast<char*>(&value) + B / 2 * sizeof(float), B / 2 * sizeof(float));
 }
 
-inline int64_t feature(Place at, int64_t half, int64_t a) {
-  return a < half ? at.low + a : at.high + (a - half);
-}
+inline int64_t feature(Place at, int64_t half, int64_t a) { return a < half ? at.low + a : at.high + (a - half); }
 
 // out[t] = in[t] Q for one block. in and out may be the same rows.
 template <int B>
-inline void multiply_block(const float* in, float* out, int64_t ld, int64_t tokens, Place at,
-                           const float* q) {
+inline void multiply_block(const float* in, float* out, int64_t ld, int64_t tokens, Place at, const float* q) {
   typename Row<B>::type rows[B];
   __builtin_memcpy(rows, q, sizeof(rows));
   for (int64_t t = 0; t < tokens; ++t) {
@@ -78,8 +73,8 @@ inline void multiply_block(const float* in, float* out, int64_t ld, int64_t toke
 
 // dq += in^T g, then g = g Q^T in place, for one block.
 template <int B>
-inline void differentiate_block(const float* in, float* g, int64_t ld, int64_t tokens, Place at,
-                                const float* q, float* dq) {
+inline void differentiate_block(const float* in, float* g, int64_t ld, int64_t tokens, Place at, const float* q,
+                                float* dq) {
   if (dq != nullptr) {
     typename Row<B>::type sums[B] = {};
     for (int64_t t = 0; t < tokens; ++t) {
@@ -103,8 +98,8 @@ inline void differentiate_block(const float* in, float* g, int64_t ld, int64_t t
 }
 
 // The same for a block size known only at run time (and the odd ones, which have a single factor).
-inline void multiply_any(const float* in, float* out, int64_t ld, int64_t tokens, Place at, int64_t b,
-                         const float* q, int64_t row_step, int64_t column_step, float* result) {
+inline void multiply_any(const float* in, float* out, int64_t ld, int64_t tokens, Place at, int64_t b, const float* q,
+                         int64_t row_step, int64_t column_step, float* result) {
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t c = 0; c < b; ++c) result[c] = 0.0f;
     for (int64_t a = 0; a < b; ++a) {
@@ -115,8 +110,7 @@ inline void multiply_any(const float* in, float* out, int64_t ld, int64_t tokens
   }
 }
 
-inline void add_outer_any(const float* in, const float* g, int64_t ld, int64_t tokens, Place at,
-                          int64_t b, float* dq) {
+inline void add_outer_any(const float* in, const float* g, int64_t ld, int64_t tokens, Place at, int64_t b, float* dq) {
   for (int64_t a = 0; a < b; ++a) {
     for (int64_t c = 0; c < b; ++c) {
       float sum = 0.0f;
@@ -151,8 +145,7 @@ struct Chunk {
   }
 
   template <int B>
-  void differentiate(const float* in, float* g, const float* blocks, float* dblocks,
-                     int64_t factor) const {
+  void differentiate(const float* in, float* g, const float* blocks, float* dblocks, int64_t factor) const {
     for_each_block(range, shape.block, factor, [&](Place at) {
       const float* q = blocks + offset(factor, at);
       float* dq = dblocks == nullptr ? nullptr : dblocks + offset(factor, at);
@@ -185,8 +178,8 @@ void store_rows(const float* in, const Chunk& chunk, int64_t first_token, void* 
 }
 
 template <typename T, int B>
-void fwd_tokens(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* x,
-                int64_t x_stride, const float* blocks, void* y, int64_t y_stride, float* scratch) {
+void fwd_tokens(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* x, int64_t x_stride,
+                const float* blocks, void* y, int64_t y_stride, float* scratch) {
   float* rows = scratch + shape.block;
   for (int64_t first = 0; first < tokens; first += kTokens) {
     const Chunk chunk{shape, range, tokens - first < kTokens ? tokens - first : kTokens, scratch};
@@ -198,8 +191,8 @@ void fwd_tokens(const ButterflyShape& shape, ButterflyRange range, int64_t token
 
 template <typename T, int B>
 void bwd_tokens(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* grad,
-                int64_t grad_stride, const void* x, int64_t x_stride, const float* blocks, void* dx,
-                int64_t dx_stride, float* dblocks, float* scratch) {
+                int64_t grad_stride, const void* x, int64_t x_stride, const float* blocks, void* dx, int64_t dx_stride,
+                float* dblocks, float* scratch) {
   const int64_t page = kTokens * range.count;
   float* g = scratch + shape.block;
   float* inputs = g + page;  // page f holds the input of factor f
@@ -248,19 +241,18 @@ inline void dispatch(const ButterflyShape& shape, Call call) {
   }
 }
 
-void fwd(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* x,
-         int64_t x_stride, const float* blocks, void* y, int64_t y_stride, float* scratch) {
+void fwd(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* x, int64_t x_stride,
+         const float* blocks, void* y, int64_t y_stride, float* scratch) {
   dispatch(shape, [&]<typename T, int B>() {
     fwd_tokens<T, B>(shape, range, tokens, x, x_stride, blocks, y, y_stride, scratch);
   });
 }
 
-void bwd(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* grad,
-         int64_t grad_stride, const void* x, int64_t x_stride, const float* blocks, void* dx,
-         int64_t dx_stride, float* dblocks, float* scratch) {
+void bwd(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* grad, int64_t grad_stride,
+         const void* x, int64_t x_stride, const float* blocks, void* dx, int64_t dx_stride, float* dblocks,
+         float* scratch) {
   dispatch(shape, [&]<typename T, int B>() {
-    bwd_tokens<T, B>(shape, range, tokens, grad, grad_stride, x, x_stride, blocks, dx, dx_stride,
-                     dblocks, scratch);
+    bwd_tokens<T, B>(shape, range, tokens, grad, grad_stride, x, x_stride, blocks, dx, dx_stride, dblocks, scratch);
   });
 }
 

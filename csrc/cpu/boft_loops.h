@@ -13,10 +13,10 @@ namespace fastpeft {
 constexpr int64_t kButterflyTokens = 16;
 
 struct ButterflyShape {
-  int64_t features;    // d
-  int64_t block;       // b
-  int64_t factors;     // m
-  Scalar scalar;       // of x, y and their gradients; blocks and their gradients are float32
+  int64_t features;  // d
+  int64_t block;     // b
+  int64_t factors;   // m
+  Scalar scalar;     // of x, y and their gradients; blocks and their gradients are float32
 };
 
 // Features [first, first + count) make up whole windows of b * 2^(m-1) features: nothing crosses their border.
@@ -32,24 +32,25 @@ static inline int64_t butterfly_scratch_floats(const ButterflyShape& shape, Butt
 
 struct ButterflyLoops {
   // y[t, range] = (x R)[t, range] for the given tokens. scratch: butterfly_scratch_floats(shape, range, 1).
-  void (*fwd)(const ButterflyShape& shape, ButterflyRange range, int64_t tokens,
-              const void* x, int64_t x_stride,   // [tokens, d], elements between rows
-              const float* blocks,               // [m, d/b, b, b]
-              void* y, int64_t y_stride,         // [tokens, d]
+  void (*fwd)(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* x,
+              int64_t x_stride,           // [tokens, d], elements between rows
+              const float* blocks,        // [m, d/b, b, b]
+              void* y, int64_t y_stride,  // [tokens, d]
               float* scratch);
-  // dx (or null) and, added up over the tokens, dblocks (or null). scratch: butterfly_scratch_floats(shape, range, m + 1).
-  void (*bwd)(const ButterflyShape& shape, ButterflyRange range, int64_t tokens,
-              const void* grad, int64_t grad_stride,  // [tokens, d]
-              const void* x, int64_t x_stride,        // [tokens, d]
-              const float* blocks,                    // [m, d/b, b, b]
-              void* dx, int64_t dx_stride,            // [tokens, d]
-              float* dblocks,                         // [m, d/b, b, b], zeros at the start
+  // dx (or null) and, added up over the tokens, dblocks (or null). scratch: butterfly_scratch_floats(shape, range, m +
+  // 1).
+  void (*bwd)(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* grad,
+              int64_t grad_stride,              // [tokens, d]
+              const void* x, int64_t x_stride,  // [tokens, d]
+              const float* blocks,              // [m, d/b, b, b]
+              void* dx, int64_t dx_stride,      // [tokens, d]
+              float* dblocks,                   // [m, d/b, b, b], zeros at the start
               float* scratch);
 };
 
-#define FASTPEFT_DECLARE(isa)              \
-  namespace isa {                          \
-  extern const ButterflyLoops butterfly;   \
+#define FASTPEFT_DECLARE(isa)            \
+  namespace isa {                        \
+  extern const ButterflyLoops butterfly; \
   }
 FASTPEFT_FOR_EACH_ISA(FASTPEFT_DECLARE)
 #undef FASTPEFT_DECLARE

@@ -14,8 +14,8 @@ from fastpeft.config import AdapterConfig, require_int, require_probability
 from fastpeft.nn.adapter import Adapter, Site
 from fastpeft.nn.linear import AdaptedLinear
 from fastpeft.ops.boft import (
+    apply_butterfly,
     boft_blocks,
-    butterfly,
     butterfly_misfit,
     butterfly_transposed,
     rotated_linear,
@@ -120,7 +120,7 @@ class BOFTAdapter(Adapter):
         return rotated_linear(x, weight, bias, self.blocks(), self.boft_s)
 
     def pre(self, x: Tensor) -> Tensor:
-        return butterfly(x, self.blocks())
+        return apply_butterfly(x, self.blocks())
 
     def post(self, y: Tensor) -> Tensor:
         return scale_rows(y, self.boft_s, None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastpeft.config import AdapterConfig, require_finite, require_int, value_for
 from fastpeft.nn.adapter import Adapter, Site
 from fastpeft.nn.linear import AdaptedLinear
-from fastpeft.ops.fourierft import Bags, Tables, fourier_linear_with, fourier_weight, make_tables
+from fastpeft.ops.fourierft import Bags, Tables, apply_fourier, fourier_weight, make_tables
 
 
 @dataclass(kw_only=True)
@@ -104,7 +104,7 @@ class FourierFTAdapter(Adapter):
 
     def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         rows, cols, tables = self.places.on(x.device)
-        return fourier_linear_with(x, weight, bias, self.spectrum, tables, rows, cols, self.places.shape, self.scaling)
+        return apply_fourier(x, weight, bias, self.spectrum, tables, rows, cols, self.places.shape, self.scaling)
 
     def delta(self, x: Tensor) -> Tensor:
         return self.linear(x, None, None)

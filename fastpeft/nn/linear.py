@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastpeft.ops.base import check_input
+
 if TYPE_CHECKING:
     from fastpeft.config import AdapterConfig
     from fastpeft.nn.adapter import Adapter, Site
@@ -26,6 +28,7 @@ class Adapted(nn.Module):
     active: tuple[str, ...]
     weight: Any
     bias: Any
+    in_features: int
     _base_weight: Tensor | None
     _merged: tuple[str, ...]
     _base_class: ClassVar[type[nn.Module]]  # what the layer would be without its adapters
@@ -45,13 +48,15 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._merged or not self.active:
             return super().forward(x, *args, **kwargs)
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         adapters = [self.adapter(name) for name in self.active]
-        if len(adapters) == 1 and self._base_is_linear and type(self.weight) in (nn.Parameter, Tensor):
-            return adapters[0].linear(x, self.weight, self.bias, *args, **kwargs)
+        if len(adapters) == 1 and self._base_is_linear and type(weight := self.weight) in (nn.Parameter, Tensor):
+            check_input(x, self.in_features, weight)
+            return adapters[0].linear(x, weight, self.bias, *args, **kwargs)
         # y = post(W · pre(x) + b) + Σ delta(x), the bias standing outside of post. Rotations compose as PEFT's do: the
         # last one is the first to act on x.
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != adapters[0].in_features:
+            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x must be a tensor of shape (..., {adapters[0].in_features}), got {found}")
         rotations = [adapter for adapter in adapters if adapter.rotates]
         z = x
         for adapter in reversed(rotations):

@@ -12,7 +12,7 @@ from fastpeft import reference
 from fastpeft.config import AdapterConfig, require_finite, require_int, require_probability, value_for
 from fastpeft.nn.adapter import Adapter, Site, dropout_active, make_dropout
 from fastpeft.nn.linear import AdaptedLinear
-from fastpeft.ops.lora import lora_linear
+from fastpeft.ops.lora import apply_lora
 
 
 @dataclass(kw_only=True)
@@ -74,10 +74,10 @@ class LoRAAdapter(Adapter):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if dropout_active(self.dropout):
             return nn.functional.linear(x, weight, bias) + self.delta(x)
-        return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling)
+        return apply_lora(x, weight, bias, self.lora_A, self.lora_B, self.scaling)
 
     def delta(self, x: Tensor) -> Tensor:
-        return lora_linear(self.dropout(x), None, None, self.lora_A, self.lora_B, self.scaling)
+        return apply_lora(self.dropout(x), None, None, self.lora_A, self.lora_B, self.scaling)
 
     def delta_weight(self) -> Tensor:
         return reference.lora.lora_weight(self.lora_A, self.lora_B, self.scaling)

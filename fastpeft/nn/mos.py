@@ -21,7 +21,7 @@ from fastpeft import reference
 from fastpeft.config import AdapterConfig, require_finite, require_int, require_probability
 from fastpeft.nn.adapter import Adapter, Site, dropout_active, make_dropout
 from fastpeft.nn.linear import AdaptedLinear
-from fastpeft.ops.mos import check_index, mos_linear
+from fastpeft.ops.mos import apply_mos, check_index
 
 
 @dataclass(kw_only=True)
@@ -173,10 +173,10 @@ class MoSAdapter(Adapter):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if dropout_active(self.dropout):
             return nn.functional.linear(x, weight, bias) + self.delta(x)
-        return mos_linear(x, weight, bias, *self.shards(), self.scaling)
+        return apply_mos(x, weight, bias, *self.shards(), self.scaling)
 
     def delta(self, x: Tensor) -> Tensor:
-        return mos_linear(self.dropout(x), None, None, *self.shards(), self.scaling)
+        return apply_mos(self.dropout(x), None, None, *self.shards(), self.scaling)
 
     def delta_weight(self) -> Tensor:
         return reference.mos.mos_weight(*self.shards(), self.scaling)

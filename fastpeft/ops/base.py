@@ -35,6 +35,18 @@ def check_same_device(x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
 
 
+def check_input(x: Tensor, in_features: int, weight: Tensor) -> None:
+    """What a layer checks on every call; its own tensors fit each other by construction."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must have shape (..., {in_features}), got {tuple(x.shape)}")
+    if x.dtype != weight.dtype and not (x.dtype.is_floating_point and autocast_dtype(x)):
+        raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x must be on the device of weight, {weight.device}, got {x.device}")
+
+
 def check_base(x: Tensor, weight: Tensor | None, bias: Tensor | None, in_features: int, out_features: int) -> None:
     """Checks x (..., in), weight (out, in) and bias (out,) against each other and the adapter's sizes."""
     check_floating("x", x)
@@ -81,6 +93,16 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 def is_frozen(weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the base needs no gradient, which the fused operators rely on."""
     return not ((weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., d) -> (T, d)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def like_rows(y: Tensor, x: Tensor) -> Tensor:
+    """(T, out) -> the leading shape of x and out."""
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:

@@ -219,6 +219,11 @@ def butterfly(
         raise ValueError("x must have shape (..., d), got ()")
     check_blocks("blocks", blocks, x.shape[-1])
     base.check_same_device(x, blocks=blocks)
+    return apply_butterfly(x, blocks)
+
+
+def apply_butterfly(x: Tensor, blocks: Tensor) -> Tensor:
+    """butterfly for arguments that are known to fit."""
     backend = BUTTERFLY_FWD.choose(x)
     if backend == "reference":
         return reference.boft.butterfly(x, blocks)
@@ -226,10 +231,10 @@ def butterfly(
     blocks = blocks.to(wide)
     if wide != torch.float32:
         backend = "torch"
-    rows = x.reshape(-1, x.shape[-1])
+    rows = base.as_rows(x)
     if base.needs_autograd(x, blocks):
-        return ButterflyFunction.apply(rows, blocks, backend).reshape(x.shape)
-    return _butterfly(backend, rows, blocks).reshape(x.shape)
+        return base.like_rows(ButterflyFunction.apply(rows, blocks, backend), x)
+    return base.like_rows(_butterfly(backend, rows, blocks), x)
 
 
 def butterfly_transposed(x: Tensor, blocks: Tensor) -> Tensor:
@@ -254,7 +259,7 @@ def rotated_linear(
     boft_s: Tensor,  # (out, 1)
 ) -> Tensor:  # (..., out)
     """y = ((x R) Wᵀ) ⊙ s + b from orthogonal blocks that are at hand."""
-    return scale_rows(F.linear(butterfly(x, blocks), weight), boft_s, bias)
+    return scale_rows(F.linear(apply_butterfly(x, blocks), weight), boft_s, bias)
 
 
 def boft_linear(

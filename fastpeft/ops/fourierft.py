@@ -265,10 +265,13 @@ def fourier_linear(
     shape = (weight.shape[0], weight.shape[1])
     base.check_same_device(x, rows=rows, cols=cols)
     base.check_shape("spectrum", spectrum, tuple(rows.shape))
-    return fourier_linear_with(x, weight, bias, spectrum, tables_for(rows, cols, shape), rows, cols, shape, scaling)
+    base.check_floating("spectrum", spectrum)
+    base.check_base(x, weight, bias, shape[1], shape[0])
+    base.check_same_device(x, spectrum=spectrum)
+    return apply_fourier(x, weight, bias, spectrum, tables_for(rows, cols, shape), rows, cols, shape, scaling)
 
 
-def fourier_linear_with(
+def apply_fourier(
     x: Tensor,  # (..., in)
     weight: Tensor | None,  # (out, in)
     bias: Tensor | None,  # (out,)
@@ -279,28 +282,24 @@ def fourier_linear_with(
     shape: tuple[int, int],
     scaling: float,
 ) -> Tensor:  # (..., out)
-    """fourier_linear with tables at hand, and weight=None for the delta alone."""
-    out_features, in_features = shape
-    base.check_floating("spectrum", spectrum)
-    base.check_base(x, weight, bias, in_features, out_features)
-    base.check_same_device(x, spectrum=spectrum)
+    """fourier_linear for arguments that are known to fit, tables at hand, and weight=None for the delta alone."""
     if FOURIER_FWD.choose(x) == "reference":
         wide = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
         delta = reference.fourierft.fourier_weight(wide, rows, cols, shape, scaling)
         return base.dense_linear(x, weight, bias, delta)
     if not base.is_frozen(weight, bias):
         assert weight is not None
-        delta = fourier_linear_with(x, None, None, spectrum, tables, rows, cols, shape, scaling)
+        delta = apply_fourier(x, None, None, spectrum, tables, rows, cols, shape, scaling)
         return F.linear(x, weight, bias) + delta
     x, weight, bias = base.cast_for_autocast(x, weight, bias)
-    flat = x.reshape(-1, in_features)
+    flat = base.as_rows(x)
     wide = spectrum.to(torch.promote_types(torch.promote_types(spectrum.dtype, x.dtype), torch.float32))
     if base.needs_autograd(x, spectrum):
         y = FourierFunction.apply(flat, weight, bias, wide, tables, shape, scaling)
     else:
         with base.without_autocast(x):
             y = fourier_fwd(flat, weight, bias, wide, tables, shape, scaling)
-    return y.reshape(*x.shape[:-1], out_features)
+    return base.like_rows(y, x)
 
 
 def fourier_weight(

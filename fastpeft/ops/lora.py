@@ -142,17 +142,24 @@ def lora_linear(
     if lora_A.dtype != lora_B.dtype:
         raise TypeError(f"lora_B must have the dtype of lora_A, {lora_A.dtype}, got {lora_B.dtype}")
     base.check_same_device(x, lora_A=lora_A, lora_B=lora_B)
+    return apply_lora(x, weight, bias, lora_A, lora_B, scaling)
+
+
+def apply_lora(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    """lora_linear for arguments that are known to fit."""
     backend = LORA_FWD.choose(x)
     if backend == "reference":
         return base.dense_linear(x, weight, bias, reference.lora.lora_weight(lora_A, lora_B, scaling))
     if not base.is_frozen(weight, bias):
         assert weight is not None
-        return F.linear(x, weight, bias) + lora_linear(x, None, None, lora_A, lora_B, scaling)
+        return F.linear(x, weight, bias) + apply_lora(x, None, None, lora_A, lora_B, scaling)
     x, weight, bias = base.cast_for_autocast(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = base.as_rows(x)
     if base.needs_autograd(x, lora_A, lora_B):
         y = LoRAFunction.apply(rows, weight, bias, lora_A, lora_B, scaling, backend)
     else:
         with base.without_autocast(x):
             y, _ = _run(backend, rows, weight, bias, lora_A, lora_B, scaling)
-    return y.reshape(*x.shape[:-1], lora_B.shape[0])
+    return base.like_rows(y, x)

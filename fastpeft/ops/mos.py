@@ -174,18 +174,30 @@ def mos_linear(
         if index.dtype != torch.int64:
             raise TypeError(f"{name} must be int64, got {index.dtype}")
     shards = index_A.shape[1]
-    out_features = pool_B.shape[1] * shards
-    base.check_base(x, weight, bias, pool_A.shape[1] * shards, out_features)
+    base.check_base(x, weight, bias, pool_A.shape[1] * shards, pool_B.shape[1] * shards)
     base.check_same_device(x, pool_A=pool_A, index_A=index_A, pool_B=pool_B, index_B=index_B)
+    return apply_mos(x, weight, bias, pool_A, index_A, pool_B, index_B, scaling)
 
+
+def apply_mos(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pool_A: Tensor,
+    index_A: Tensor,
+    pool_B: Tensor,
+    index_B: Tensor,
+    scaling: float,
+) -> Tensor:
+    """mos_linear for arguments that are known to fit."""
     if MOS_FWD.choose(x) == "reference":
         delta = reference.mos.mos_weight(pool_A, index_A, pool_B, index_B, scaling)
         return base.dense_linear(x, weight, bias, delta)
     if not base.is_frozen(weight, bias):
         assert weight is not None
-        return F.linear(x, weight, bias) + mos_linear(x, None, None, pool_A, index_A, pool_B, index_B, scaling)
+        return F.linear(x, weight, bias) + apply_mos(x, None, None, pool_A, index_A, pool_B, index_B, scaling)
     x, weight, bias = base.cast_for_autocast(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = base.as_rows(x)
     if base.needs_autograd(x, pool_A, pool_B):
         tap_A, tap_B = pool_tap(pool_A), pool_tap(pool_B)
         y = MoSFunction.apply(
@@ -205,7 +217,7 @@ def mos_linear(
         with base.without_autocast(x):
             matrices = reference.mos.mos_matrices(pool_A, index_A, pool_B, index_B)
             y, _ = lora.lora_fwd(rows, weight, bias, *matrices, scaling)
-    return y.reshape(*x.shape[:-1], out_features)
+    return base.like_rows(y, x)
 
 
 def check_index(name: str, index: Tensor, n_shards: int) -> None:
