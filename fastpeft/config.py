@@ -18,6 +18,7 @@ _SAYS_NOTHING = frozenset(
     "auto_mapping base_model_name_or_path fan_in_fan_out inference_mode megatron_core peft_type peft_version "
     "qalora_group_size revision runtime_config task_type".split()
 )
+_TASKS_WITH_A_HEAD = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
 _OFF: tuple[Any, ...] = (None, False, "none", 0, 0.0, "", [], {}, ())
 
 _Config = TypeVar("_Config", bound="AdapterConfig")
@@ -72,6 +73,12 @@ class AdapterConfig:
             ValueError: an option is switched on that this method does not have.
         """
         known = {field.name for field in dataclasses.fields(cls)}
+        task = values.get("task_type")
+        if str(getattr(task, "value", task)) in _TASKS_WITH_A_HEAD:
+            raise ValueError(
+                f"{source}: option task_type={task!r} makes PEFT train and save the model's head, which is not supported "
+                "here: leave it out, set the head free with requires_grad_() and save it beside the adapter"
+            )
         for name, value in values.items():
             if (
                 name not in known

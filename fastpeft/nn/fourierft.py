@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -9,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastpeft.config import AdapterConfig, require_finite, require_int, value_for
+from fastpeft.config import AdapterConfig, require_finite, require_int
 from fastpeft.nn.adapter import Adapter, Site
 from fastpeft.nn.linear import AdaptedLinear
 from fastpeft.ops.fourierft import Bags, Tables, apply_fourier, fourier_weight, make_tables
@@ -42,6 +43,13 @@ class FourierFTConfig(AdapterConfig):
         require_int("random_loc_seed", self.random_loc_seed, 0)
         for key, n in self.n_frequency_pattern.items():
             require_int(f"n_frequency_pattern[{key!r}]", n, 1)
+
+
+def frequency_for(path: str, config: FourierFTConfig) -> int:
+    """n for a module. PEFT's rule here is not that of its rank patterns: ends of the path first, whole paths after."""
+    pattern = config.n_frequency_pattern
+    key = next((key for key in pattern if re.match(rf".*\.{key}$", path)), path)
+    return pattern.get(key, config.n_frequency)
 
 
 class FourierPlaces:
@@ -92,7 +100,7 @@ class FourierFTAdapter(Adapter):
 
     def __init__(self, config: FourierFTConfig, site: Site) -> None:
         super().__init__(config, site)
-        self.n = value_for(site.path, config.n_frequency_pattern, config.n_frequency)
+        self.n = frequency_for(site.path, config)
         entries = site.in_features * site.out_features
         if self.n > entries:
             raise site.error(f"n_frequency must be at most in_features * out_features = {entries}, got {self.n}")
