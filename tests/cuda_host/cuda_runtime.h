@@ -1,0 +1,238 @@
+// A CUDA for the CPU: as much of <cuda_runtime.h> as the kernels in csrc/cuda use, found before CUDA's own by include
+// path, so that their source runs unchanged under g++ and its sanitizers. For tests; nothing here is fast.
+//
+// The threads of a block are fibers. One runs until it reaches a barrier, so in a race-free kernel the order in which
+// they are resumed changes nothing, and in another one it does: of two threads that meet in shared memory without a
+// barrier between them, the ascending and the descending order each let another one win. Shared memory is dynamic only,
+// holds NaN when a block starts, and is out of bounds (AddressSanitizer) beyond what the launch asked for.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <source_location>
+#include <span>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) static_cast<void>(0)
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) static_cast<void>(0)
+#endif
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+// Loads and stores through these may alias any type, as they may in CUDA; their alignment is UBSan's to check.
+struct __attribute__((may_alias, aligned(8))) float2 {
+  float x, y;
+};
+struct __attribute__((may_alias, aligned(16))) float4 {
+  float x, y, z, w;
+};
+struct __attribute__((may_alias, aligned(16))) uint4 {
+  unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+using std::min;
+
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
+
+// Of the thread that runs.
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace cuda_host {
+
+constexpr size_t kWarp = 32;
+constexpr size_t kStackBytes = 128 << 10;
+
+struct Fiber {
+  enum State { kReady, kAtWarpBarrier, kAtBlockBarrier, kDone };
+  State state = kReady;
+  std::source_location where;  // the barrier it waits at
+  uint3 thread;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+};
+
+[[noreturn]] inline void fail(const char* what, const Fiber& one, const Fiber& other) {
+  std::fprintf(stderr, "cuda_host: %s in block (%u, %u, %u)\n", what, blockIdx.x, blockIdx.y, blockIdx.z);
+  for (const Fiber* fiber : {&one, &other}) {
+    std::fprintf(stderr, "  thread (%u, %u, %u) waits at line %u of %s\n", fiber->thread.x, fiber->thread.y,
+                 fiber->thread.z, static_cast<unsigned>(fiber->where.line()), fiber->where.file_name());
+  }
+  std::abort();
+}
+
+// Runs the fibers of one block at a time on stacks that all blocks of a launch share.
+class Block {
+ public:
+  Block(unsigned threads, std::function<void()> kernel, unsigned seed)
+      : kernel_(std::move(kernel)), fibers_(threads), order_(threads), seed_(seed), random_(seed) {
+    std::iota(order_.begin(), order_.end(), size_t{0});
+    if (seed == 1) std::reverse(order_.begin(), order_.end());
+  }
+
+  void run() {
+    for (size_t i = 0; i < fibers_.size(); ++i) start(i);
+    for (;;) {
+      if (seed_ > 1) std::shuffle(order_.begin(), order_.end(), random_);
+      for (size_t i : order_) {
+        if (fibers_[i].state == Fiber::kReady) resume(fibers_[i]);
+      }
+      if (std::ranges::all_of(fibers_, [](const Fiber& fiber) { return fiber.state == Fiber::kDone; })) return;
+      bool released = release(Fiber::kAtBlockBarrier, fibers_);
+      for (size_t first = 0; first < fibers_.size(); first += kWarp) {
+        const size_t size = std::min(kWarp, fibers_.size() - first);
+        released |= release(Fiber::kAtWarpBarrier, std::span(fibers_).subspan(first, size));
+      }
+      if (!released) fail_deadlocked();
+    }
+  }
+
+  // Called by the running fiber.
+  void wait(Fiber::State state, std::source_location where) {
+    running_->state = state;
+    running_->where = where;
+    switch_to(&running_->context, &scheduler_, scheduler_stack_, scheduler_stack_bytes_, false);
+  }
+
+  static inline Block* current = nullptr;
+
+ private:
+  void start(size_t i) {
+    Fiber& fiber = fibers_[i];
+    const unsigned t = static_cast<unsigned>(i);
+    fiber.thread = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
+    fiber.state = Fiber::kReady;
+    ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStackBytes);  // the last block's fiber never unwound it
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    makecontext(&fiber.context, &Block::enter, 0);
+  }
+
+  static void enter() {
+    Block& block = *current;
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack_, &block.scheduler_stack_bytes_);
+#endif
+    block.kernel_();
+    block.running_->state = Fiber::kDone;
+    block.switch_to(&block.running_->context, &block.scheduler_, block.scheduler_stack_, block.scheduler_stack_bytes_,
+                    true);
+  }
+
+  void resume(Fiber& fiber) {
+    running_ = &fiber;
+    threadIdx = fiber.thread;
+    switch_to(&scheduler_, &fiber.context, fiber.stack.get(), kStackBytes, false);
+  }
+
+  // AddressSanitizer is told of every change of stack; a fiber that ends gives up its own.
+  void switch_to(ucontext_t* from, ucontext_t* to, const void* stack, size_t bytes, [[maybe_unused]] bool ends) {
+#ifdef __SANITIZE_ADDRESS__
+    void* fake_stack = nullptr;
+    __sanitizer_start_switch_fiber(ends ? nullptr : &fake_stack, stack, bytes);
+#endif
+    swapcontext(from, to);
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#endif
+  }
+
+  // Opens a barrier that every fiber of the scope waits at; those that have ended need not come.
+  static bool release(Fiber::State barrier, std::span<Fiber> scope) {
+    Fiber* first = nullptr;
+    for (Fiber& fiber : scope) {
+      if (fiber.state == Fiber::kDone) continue;
+      if (fiber.state != barrier) return false;
+      if (!first) first = &fiber;
+      if (fiber.where.line() != first->where.line()) fail("threads meet at different barriers", *first, fiber);
+    }
+    for (Fiber& fiber : scope) {
+      if (fiber.state == barrier) fiber.state = Fiber::kReady;
+    }
+    return first != nullptr;
+  }
+
+  [[noreturn]] void fail_deadlocked() {
+    const Fiber* one = nullptr;
+    for (const Fiber& fiber : fibers_) {
+      if (fiber.state == Fiber::kDone) continue;
+      if (one && one->state != fiber.state) fail("deadlock", *one, fiber);
+      if (!one) one = &fiber;
+    }
+    std::abort();  // not reached: fibers that all wait at one kind of barrier are released
+  }
+
+  std::function<void()> kernel_;
+  std::vector<Fiber> fibers_;
+  std::vector<size_t> order_;
+  unsigned seed_;
+  std::mt19937 random_;
+  Fiber* running_ = nullptr;
+  ucontext_t scheduler_;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_bytes_ = 0;
+};
+
+// Calls kernel() once for every thread of the grid. `shared` is all the shared memory there is: the array that the
+// kernel declares `extern __shared__`, defined by the test. Threads are resumed in ascending order for seed 0, in
+// descending order for seed 1, and in an order drawn anew after every barrier for any other.
+inline void launch(dim3 grid, dim3 block, std::span<std::byte> shared, size_t shared_bytes, unsigned seed,
+                   const std::function<void()>& kernel) {
+  if (shared_bytes > shared.size() || block.x * block.y * block.z > 1024) {
+    std::fprintf(stderr, "cuda_host: a launch with %zu bytes of shared memory and %u threads\n", shared_bytes,
+                 block.x * block.y * block.z);
+    std::abort();
+  }
+  gridDim = grid, blockDim = block;
+  Block fibers(block.x * block.y * block.z, kernel, seed);
+  Block::current = &fibers;
+  ASAN_POISON_MEMORY_REGION(shared.data() + shared_bytes, shared.size() - shared_bytes);
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+        std::memset(shared.data(), 0xff, shared_bytes);  // all ones are a NaN in every floating-point format
+        fibers.run();
+      }
+    }
+  }
+  ASAN_UNPOISON_MEMORY_REGION(shared.data() + shared_bytes, shared.size() - shared_bytes);
+}
+
+}  // namespace cuda_host
+
+inline void __syncthreads(std::source_location where = std::source_location::current()) {
+  cuda_host::Block::current->wait(cuda_host::Fiber::kAtBlockBarrier, where);
+}
+inline void __syncwarp(std::source_location where = std::source_location::current()) {
+  cuda_host::Block::current->wait(cuda_host::Fiber::kAtWarpBarrier, where);
+}
