@@ -92,7 +92,7 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvcc",
-            f"  command = $nvcc {flags} -Xcompiler -fPIC,-fvisibility=hidden {gencode} -MD -MF $out.d -c $in -o $out",
+            f"  command = $nvcc {flags} --threads 0 -Xcompiler -fPIC,-fvisibility=hidden {gencode} -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",

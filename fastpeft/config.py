@@ -76,8 +76,8 @@ class AdapterConfig:
         task = values.get("task_type")
         if str(getattr(task, "value", task)) in _TASKS_WITH_A_HEAD:
             raise ValueError(
-                f"{source}: option task_type={task!r} makes PEFT train and save the model's head, which is not supported "
-                "here: leave it out, set the head free with requires_grad_() and save it beside the adapter"
+                f"{source}: option task_type={task!r} makes PEFT train and save the model's head, which is not "
+                "supported: leave it out, set the head free with requires_grad_() and save it beside the adapter"
             )
         for name, value in values.items():
             if (

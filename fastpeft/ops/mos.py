@@ -1,9 +1,9 @@
 """MoS's operator: LoRA with the rows of A and the columns of B read from shard pools. Formula: reference/mos.py.
 
-A model's layers share their pools, so a backward pass that returned a gradient of the pool from every layer would write
-and add up L arrays of the pool's size. Instead the layers that are called between two backward passes hang on one
-``PoolTap``: each adds its rows into one array, and autograd receives that array from the tap's own node, which runs
-after the last of them.
+What is assembled is r · (in + out) numbers for a layer, no more than a LoRA holds. A model's layers share their pools,
+so a backward pass that returned a gradient of the pool from every layer would write and add up L arrays of the pool's
+size. Instead the layers that are called between two backward passes hang on one ``PoolTap``: each adds its rows into
+one array, and autograd receives that array from the tap's own node, which runs after the last of them.
 """
 
 from __future__ import annotations
@@ -13,19 +13,9 @@ import weakref
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastpeft import reference
-from fastpeft.backend import Operator
 from fastpeft.ops import base, lora
-
-MOS_FWD = Operator(
-    "mos_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor pool_A, Tensor index_A, Tensor pool_B, Tensor index_B, "
-    "float scaling) -> Tensor",
-    fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
-    order=("torch",),
-)
 
 
 class PoolTapFunction(torch.autograd.Function):
@@ -64,13 +54,8 @@ class PoolTap:
 _TAPS = WeakTensorKeyDictionary()  # pool -> weak reference to its tap
 
 
-def pool_tap(pool: Tensor) -> PoolTap | None:
-    """The live tap of a pool, or None where its gradient is not wanted.
-
-    While a graph is compiled there is no tap: the compiler sees the pool's gradient as part of the graph.
-    """
-    if torch.compiler.is_compiling() or not base.needs_autograd(pool):
-        return None
+def pool_tap(pool: Tensor) -> PoolTap:
+    """The live tap of a pool."""
     reference_to_tap = _TAPS.get(pool)
     tap = reference_to_tap() if reference_to_tap is not None else None
     if tap is None:
@@ -83,50 +68,32 @@ def _add_shards(into: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return into.index_add_(0, index.flatten(), rows.reshape(-1, into.shape[1]))
 
 
-def _pool_gradient(tap: PoolTap | None, pool: Tensor, index: Tensor, rows: Tensor | None) -> Tensor | None:
-    if rows is None:
-        return None
-    if tap is None:
-        return _add_shards(torch.zeros_like(pool), index, rows)
-    tap.add(index, rows, pool)
-    return None
-
-
-class MoSFunction(torch.autograd.Function):
-    """Gradients of the pools leave through the taps, which must then be given together with their tokens."""
+class ShardsFunction(torch.autograd.Function):
+    """(n_shards, d / l) and (r, l) -> (r, d). The pool is given detached: its gradient leaves through the tap."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, pool_A, index_A, pool_B, index_B, scaling, token_A, token_B, taps):
-        lora_A, lora_B = reference.mos.mos_matrices(pool_A, index_A, pool_B, index_B)
-        with base.without_autocast(x):
-            y, h = lora.lora_fwd(x, weight, bias, lora_A, lora_B, scaling)
-        need_x = ctx.needs_input_grad[0]
-        need_A = ctx.needs_input_grad[3] or ctx.needs_input_grad[8]
-        need_B = ctx.needs_input_grad[5] or ctx.needs_input_grad[9]
-        ctx.save_for_backward(
-            x if need_A else None, weight if need_x else None, pool_A, index_A, pool_B, index_B, h if need_B else None
-        )
-        ctx.scaling, ctx.taps = scaling, taps
-        return y
+    def forward(ctx, pool, index, token, tap):
+        ctx.save_for_backward(pool, index)
+        ctx.tap = tap
+        return pool[index].flatten(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, pool_A, index_A, pool_B, index_B, h = ctx.saved_tensors
-        tap_A, tap_B = ctx.taps
-        needs = (
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[3] or ctx.needs_input_grad[8],
-            ctx.needs_input_grad[5] or ctx.needs_input_grad[9],
-        )
-        lora_A, lora_B = reference.mos.mos_matrices(pool_A, index_A, pool_B, index_B)
-        with base.without_autocast(grad):
-            dx, dA, dB = lora.lora_bwd(grad, x, weight, lora_A, lora_B, h, ctx.scaling, needs)
-            dpool_A = _pool_gradient(tap_A, pool_A, index_A, dA)
-            dpool_B = _pool_gradient(tap_B, pool_B, index_B, None if dB is None else dB.T)
-        # The tokens' gradients are empty, but they are what tells a second derivative that it was refused.
-        token_A, token_B = (None if tap is None else grad.new_empty(0) for tap in ctx.taps)
-        return dx, None, None, dpool_A, None, dpool_B, None, None, token_A, token_B, None
+        pool, index = ctx.saved_tensors
+        if ctx.needs_input_grad[2]:
+            ctx.tap.add(index, grad, pool)
+        # The token's gradient is empty, but it is what tells a second derivative that it was refused.
+        return None, None, grad.new_empty(0), None
+
+
+def assemble(pool: Tensor, index: Tensor) -> Tensor:
+    """Vectors from their shards, (r, d): rows of A, or columns of B."""
+    by_autograd = torch.compiler.is_compiling() or lora.LORA_FWD.choose(pool) == "reference"
+    if by_autograd or not base.needs_autograd(pool):
+        return pool[index].flatten(1)
+    tap = pool_tap(pool)
+    return ShardsFunction.apply(pool.detach(), index, tap.token, tap)
 
 
 def mos_linear(
@@ -190,34 +157,7 @@ def apply_mos(
     scaling: float,
 ) -> Tensor:
     """mos_linear for arguments that are known to fit."""
-    if MOS_FWD.choose(x) == "reference":
-        delta = reference.mos.mos_weight(pool_A, index_A, pool_B, index_B, scaling)
-        return base.dense_linear(x, weight, bias, delta)
-    if not base.is_frozen(weight, bias):
-        assert weight is not None
-        return F.linear(x, weight, bias) + apply_mos(x, None, None, pool_A, index_A, pool_B, index_B, scaling)
-    x, weight, bias = base.cast_for_autocast(x, weight, bias)
-    rows = base.as_rows(x)
-    if base.needs_autograd(x, pool_A, pool_B):
-        tap_A, tap_B = pool_tap(pool_A), pool_tap(pool_B)
-        y = MoSFunction.apply(
-            rows,
-            weight,
-            bias,
-            pool_A if tap_A is None else pool_A.detach(),
-            index_A,
-            pool_B if tap_B is None else pool_B.detach(),
-            index_B,
-            scaling,
-            None if tap_A is None else tap_A.token,
-            None if tap_B is None else tap_B.token,
-            (tap_A, tap_B),
-        )
-    else:
-        with base.without_autocast(x):
-            matrices = reference.mos.mos_matrices(pool_A, index_A, pool_B, index_B)
-            y, _ = lora.lora_fwd(rows, weight, bias, *matrices, scaling)
-    return base.like_rows(y, x)
+    return lora.apply_lora(x, weight, bias, assemble(pool_A, index_A), assemble(pool_B, index_B).T, scaling)
 
 
 def check_index(name: str, index: Tensor, n_shards: int) -> None:
