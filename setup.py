@@ -9,7 +9,6 @@ where they are not. A GPU is never asked for. FASTPEFT_CUDA_ARCHS is a list such
 
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -39,10 +38,10 @@ def find_nvcc() -> str | None:
     wanted = os.environ.get("FASTPEFT_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         raise ValueError(f"FASTPEFT_CUDA must be 0, 1 or auto, got {wanted!r}")
-    nvcc = Path(CUDA_HOME, "bin", "nvcc") if CUDA_HOME else shutil.which("nvcc")
+    nvcc = Path(CUDA_HOME, "bin", "nvcc") if CUDA_HOME else None  # torch looks on the PATH as well
     missing = [
         what
-        for what, there in (("nvcc", nvcc and Path(nvcc).exists()), ("a CUDA build of torch", torch.version.cuda))
+        for what, there in (("nvcc", nvcc and nvcc.exists()), ("a CUDA build of torch", torch.version.cuda))
         if not there
     ]
     if wanted == "1" and missing:
@@ -92,7 +91,8 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvcc",
-            f"  command = $nvcc {flags} --threads 0 -Xcompiler -fPIC,-fvisibility=hidden {gencode} -MD -MF $out.d -c $in -o $out",
+            f"  command = $nvcc {flags} --threads 0 -Xcompiler -fPIC,-fvisibility=hidden {gencode} -MD -MF $out.d -c"
+            " $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
