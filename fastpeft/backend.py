@@ -41,6 +41,10 @@ def _load_extension() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         if importlib.util.find_spec("fastpeft._C") is None:
             return None, "not built: install fastpeft with a C++ compiler at hand"
+        if os.environ.get("FASTPEFT_ISA"):
+            raise ValueError(
+                f"fastpeft._C does not load with FASTPEFT_ISA={os.environ['FASTPEFT_ISA']}: {error}"
+            ) from error
         warnings.warn(f"fastpeft._C was built but does not load, so slower code runs: {error}", stacklevel=2)
         return None, f"does not load: {error}"
     return _C, "loaded"
@@ -85,7 +89,7 @@ def triton_available() -> bool:
 def _native_unavailable(op: Operator, x: Tensor) -> str | None:
     if x.dtype not in op.dtypes:
         return f"takes {', '.join(str(dtype) for dtype in op.dtypes)}, not {x.dtype}"
-    if not _has_kernel(f"fastpeft::{op.name}", x.device.type):
+    if extension is None or not _has_kernel(f"fastpeft::{op.name}", x.device.type):
         return f"no compiled kernel for {x.device.type} tensors (extension {extension_status})"
     return None
 
@@ -192,6 +196,9 @@ def backends() -> dict[str, dict[str, str]]:
             for backend, unavailable in _UNAVAILABLE.items():
                 lacking = None if backend in operator.order else "not written for this operator"
                 row[backend] = lacking or unavailable(operator, probe) or "yes"
-            row["chosen"] = operator.choose(probe)
+            try:
+                row["chosen"] = operator.choose(probe)
+            except RuntimeError as error:
+                row["chosen"] = f"nothing ({error})"
             table[f"{name} ({device})"] = row
     return table

@@ -8,8 +8,9 @@ computation.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -49,9 +50,17 @@ class AdapterConfig:
             if isinstance(value, (set, tuple, frozenset)):
                 value = sorted(value)
                 setattr(self, name, value)
-            if value is not None and not isinstance(value, str):
-                if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                    raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
+            if isinstance(value, str):
+                require_regex(name, value)
+            elif value is not None and not _all_of(str, value):
+                raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
+        if self.layers_to_transform is not None and not _all_of(int, self.layers_to_transform):
+            raise TypeError(f"layers_to_transform must be an int or a list of ints, got {self.layers_to_transform!r}")
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        if not _all_of(str, patterns):
+            raise TypeError(f"layers_pattern must be a string or a list of strings, got {self.layers_pattern!r}")
+        for pattern in patterns:
+            require_regex("layers_pattern", pattern)
         self.check()
 
     def check(self) -> None:
@@ -105,9 +114,38 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
-def require_int(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+def _all_of(kind: type, value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(item, kind) and not isinstance(item, bool) for item in values)
+
+
+MOST_RANK = 1 << 20  # beyond any use, and small enough that a file cannot ask for all the memory there is
+
+
+def require_int(name: str, value: Any, least: int, most: int = (1 << 63) - 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r}")
+
+
+def require_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def require_regex(name: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{name} must be a regular expression, got {value!r}: {error}") from error
+
+
+def require_pattern(name: str, value: Any, check: Callable[[str, Any], None]) -> None:
+    """A mapping from regular expressions to values that pass a check."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a dict of module names and values, got {value!r}")
+    for key, item in value.items():
+        require_regex(f"{name} key", key)
+        check(f"{name}[{key!r}]", item)
 
 
 def require_probability(name: str, value: Any) -> None:
@@ -116,7 +154,11 @@ def require_probability(name: str, value: Any) -> None:
 
 
 def require_finite(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+    try:
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        fine = False
+    if not fine:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 

@@ -5,18 +5,20 @@ Nothing here knows a method: what differs between them is declared in ``fastpeft
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastpeft import files
 from fastpeft.config import AdapterConfig, in_wanted_layer, matches
-from fastpeft.nn import METHODS, Adapted, Adapter, Site
+from fastpeft.nn import METHODS, Adapted, Adapter
 from fastpeft.nn.linear import check_adapter_name, features_of, make_adapted, merge_target, site_of
 
 
@@ -40,7 +42,7 @@ def adapt(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.Mo
         TypeError: not a module or not a configuration.
     """
     check_model(model)
-    own = own_config(config)
+    own = copy.deepcopy(own_config(config))  # the caller may go on changing theirs
     check_adapter_name(adapter_name)
     check_not_merged(model)
     if adapter_name in adapter_names(model):
@@ -52,13 +54,10 @@ def adapt(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.Mo
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The trainable parameters of the active adapters, each once, for an optimizer."""
-    seen = set()
-    for layer in adapted_layers(model).values():
-        for name in layer.active:
-            for parameter in layer.adapters[name].parameters():
-                if parameter.requires_grad and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield parameter
+    check_model(model)
+    active = (layer.adapters[name] for layer in adapted_layers(model).values() for name in layer.active)
+    unique = {id(parameter): parameter for adapter in active for parameter in adapter.parameters()}
+    return (parameter for parameter in unique.values() if parameter.requires_grad)
 
 
 def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
@@ -70,7 +69,9 @@ def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
         ValueError: the model holds no adapter of that name, or adapters are merged.
     """
     check_model(model)
-    names = (adapter,) if isinstance(adapter, str) else tuple(adapter or ())
+    names = (adapter,) if isinstance(adapter, str) else adapter or ()
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"adapter must be a name, a list of names or None, got {adapter!r}")
     known = adapter_names(model)
     for name in names:
         if name not in known:
@@ -100,11 +101,12 @@ def merge(model: nn.Module, keep_base: bool = True) -> None:
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), []).append(path)
+            if parameter is not None:
+                owners.setdefault(_memory(parameter), []).append(path)
     for path, layer in layers.items():
         with _naming(path):
             merge_target(layer)
-        if len(sharing := owners[id(layer.weight)]) > 1:
+        if len(sharing := owners[_memory(layer.weight)]) > 1:
             others = ", ".join(repr(other) for other in sharing if other != path)
             raise ValueError(f"layer {path!r} shares its weight with {others}, and merging would change both")
     if not keep_base:  # what cannot be taken back is tried first
@@ -121,6 +123,11 @@ def merge(model: nn.Module, keep_base: bool = True) -> None:
         for layer in done if keep_base else []:
             layer.unmerge()
         raise
+
+
+def _memory(tensor: Tensor) -> int:
+    """Equal for tensors that start at one place, even if they are two Parameters or two views."""
+    return tensor.data_ptr() or id(tensor)
 
 
 @contextmanager
@@ -167,15 +174,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         if len(active) != 1:
             raise ValueError(f"adapter_name must be given where not exactly one adapter is active, got {active}")
         adapter_name = active[0]
-    adapters = [layer.adapters[adapter_name] for layer in layers.values() if adapter_name in layer.adapters]
+    adapters = {path: layer.adapters[adapter_name] for path, layer in layers.items() if adapter_name in layer.adapters}
     if not adapters:
-        raise ValueError(
-            f"adapter_name must be one of {', '.join(adapter_names(model)) or '(none)'}, got {adapter_name!r}"
-        )
-    method = type(adapters[0])
-    values = adapters[0].config.to_dict()
-    if values["target_modules"] == "all-linear":  # what that means is the model's affair, so write what it meant
-        values["target_modules"] = sorted(adapter.path for adapter in adapters)
+        known = ", ".join(adapter_names(model)) or "(none)"
+        raise ValueError(f"adapter_name must be one of {known}, got {adapter_name!r}")
+    first = next(iter(adapters.values()))
+    method = type(first)
+    values = first.config.to_dict()
+    if values["target_modules"] in ("all-linear", None):  # what that means is the model's affair: write what it meant
+        values["target_modules"] = sorted(adapters)
     values["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None)
     files.write_folder(folder, values, method.pack(adapters))
 
@@ -197,29 +204,38 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     check_model(model)
     check_adapter_name(adapter_name)
     check_not_merged(model)
-    values, tensors = files.read_folder(folder)
+    values, tensors, together = files.read_folder(folder)
     method = METHODS.get(str(values.get("peft_type")).upper())
     source = f"adapter in {os.fspath(folder)!r}"
     if method is None:
         raise ValueError(f"{source}: peft_type must be one of {', '.join(METHODS)}, got {values.get('peft_type')!r}")
     config = method.reconcile(method.config_class.from_dict(values, source), tensors)
     held = {path: layer for path, layer in adapted_layers(model).items() if adapter_name in layer.adapters}
+    layers: dict[str, nn.Module] = held or find_targets(model, config)
     if held:
         adapters = [layer.adapters[adapter_name] for layer in held.values()]
-        if adapters[0].config.computation() != config.computation():
+        made_with = adapters[0].config.computation()
+        if made_with != config.computation():
             raise ValueError(
-                f"{source}: the model's adapter {adapter_name!r} was made with {adapters[0].config.computation()}, "
+                f"{source}: the model's adapter {adapter_name!r} was made with {made_with}, "
                 f"the file with {config.computation()}"
             )
-        layers: dict[str, nn.Module] = dict(held)
     else:
-        layers = find_targets(model, config)
-        adapters = _build(config, layers)
-    expected = method.pack(adapters)
+        # On the meta device first: a file must not ask for memory before its tensors have been seen to fit.
+        adapters = _build(config, layers, torch.device("meta"))
+    expected = method.pack(dict(zip(layers, adapters, strict=True)))
     files.check_tensors(tensors, expected, source)
-    method.check_file(adapters, tensors, source)
+    if not held:
+        adapters = _build(config, layers)
+    by_path = dict(zip(layers, adapters, strict=True))
+    method.check_file(by_path, tensors, source)
+    if not together:  # said last: everything else is said more exactly
+        raise ValueError(
+            f"{source}: {files.CONFIG} is not the one that {files.TENSORS} was saved with; saving was interrupted, or it "
+            "was edited"
+        )
     with torch.no_grad():
-        for key, tensor in expected.items():
+        for key, tensor in method.pack(by_path).items():
             tensor.copy_(tensors[key])
     _attach(model, layers, adapters, adapter_name)
     return model
@@ -239,7 +255,7 @@ def own_config(config: Any) -> AdapterConfig:
     """The configuration itself, or ours for PEFT's object."""
     if isinstance(config, AdapterConfig):
         return config
-    peft_type = getattr(config, "peft_type", None)
+    peft_type = None if isinstance(config, type) else getattr(config, "peft_type", None)
     method = METHODS.get(str(getattr(peft_type, "value", peft_type)))
     if method is None:
         known = ", ".join(m.config_class.__name__ for m in METHODS.values())
@@ -260,9 +276,9 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     find_outputs: Any = getattr(model, "get_output_embeddings", lambda: None)
     outputs = find_outputs() if everything else None
     found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
+    seen = {id(module) for layer in adapted_layers(model).values() for module in layer.adapters.modules()}
     for path, module in model.named_modules(remove_duplicate=False):  # a layer used twice goes by any of its paths
-        if ".adapters." in f".{path}." or id(module) in seen:
+        if id(module) in seen:
             continue
         if everything:
             chosen = is_linear(module) and module is not outputs and not is_bypassed(model, path)
@@ -277,6 +293,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
             reason = f"a {type(module).__name__} is not a linear layer"
         elif is_bypassed(model, path):
             reason = "nn.MultiheadAttention reads its weight without calling it"
+        elif "forward" in module.__dict__:
+            reason = "its forward was replaced on the instance, as offloading hooks do, and would pass the adapter by"
         if reason is not None:
             raise ValueError(f"target_modules={wanted!r} matches layer {path!r}, which cannot be adapted: {reason}")
         seen.add(id(module))
@@ -314,19 +332,21 @@ def check_not_merged(model: nn.Module) -> None:
             raise ValueError(f"layer {path!r} has {', '.join(layer.merged)} merged: unmerge first")
 
 
-def _build(config: AdapterConfig, layers: dict[str, nn.Module]) -> list[Adapter]:
-    sites: list[Site] = [site_of(module, path) for path, module in layers.items()]
+def _build(config: AdapterConfig, layers: dict[str, nn.Module], device: torch.device | None = None) -> list[Adapter]:
+    sites = [site_of(module, path) for path, module in layers.items()]
+    if device is not None:
+        sites = [dataclasses.replace(site, device=device) for site in sites]
     return METHODS[config.peft_type].build(config, sites)
 
 
 def _attach(model: nn.Module, layers: dict[str, nn.Module], adapters: Sequence[Adapter], name: str) -> None:
     """The only place that changes a model, after everything that can fail."""
-    for (path, module), adapter in zip(layers.items(), adapters, strict=True):
+    for module, adapter in zip(layers.values(), adapters, strict=True):
         make_adapted(module)
         module.add_adapter(name, adapter)  # type: ignore[operator]
-        if isinstance(_parent(model, path), nn.TransformerEncoderLayer) and not module._forward_pre_hooks:
-            # Without gradients it hands its weights to one fused kernel, past our layers, unless one has a hook.
-            module.register_forward_pre_hook(_keep_calling)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and adapted_layers(module):
+            module.use_nested_tensor = False  # only its fused kernel takes nested tensors, see nn.linear.prepare
     adapted = adapted_layers(model).values()
     ours = {id(parameter) for layer in adapted for parameter in layer.adapters.parameters()}
     for parameter in model.parameters():
@@ -334,7 +354,3 @@ def _attach(model: nn.Module, layers: dict[str, nn.Module], adapters: Sequence[A
             parameter.requires_grad_(False)
     for layer in adapted:
         layer.active = (name,) if name in layer.adapters else ()
-
-
-def _keep_calling(module: nn.Module, args: Any) -> None:
-    """Does nothing; that it is there matters."""

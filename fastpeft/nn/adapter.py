@@ -44,7 +44,6 @@ class Adapter(nn.Module):
     def __init__(self, config: AdapterConfig, site: Site) -> None:
         super().__init__()
         self.config = config
-        self.path = site.path
         self.in_features, self.out_features = site.in_features, site.out_features
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,7 +59,8 @@ class Adapter(nn.Module):
     def pre(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def post(self, y: Tensor) -> Tensor:
+    def post(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """y (..., out) as the base gave it, with its bias in it."""
         raise NotImplementedError
 
     def rotate_weight(self, weight: Tensor) -> Tensor:
@@ -79,11 +79,11 @@ class Adapter(nn.Module):
         return [cls(config, site) for site in sites]
 
     @classmethod
-    def pack(cls, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-        """The tensors of a file: PEFT's keys."""
+    def pack(cls, adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+        """The tensors of a file for adapters by the path of their layer: PEFT's keys."""
         return {
-            f"base_model.model.{adapter.path}.{key}": getattr(adapter, name)
-            for adapter in adapters
+            f"base_model.model.{path}.{key}": getattr(adapter, name)
+            for path, adapter in adapters.items()
             for name, key in cls.file_keys.items()
         }
 
@@ -93,7 +93,7 @@ class Adapter(nn.Module):
         return config
 
     @classmethod
-    def check_file(cls, adapters: Sequence[Adapter], tensors: Mapping[str, Tensor], source: str) -> None:
+    def check_file(cls, adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], source: str) -> None:
         """Raises ValueError for values in a file's tensors (of the right keys and shapes) that would do harm."""
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastpeft.config import AdapterConfig, require_int, require_probability
+from fastpeft.config import AdapterConfig, require_bool, require_int, require_probability
 from fastpeft.nn.adapter import Adapter, Site
 from fastpeft.nn.linear import AdaptedLinear
 from fastpeft.ops.boft import (
@@ -54,6 +54,7 @@ class BOFTConfig(AdapterConfig):
             )
         require_int("boft_n_butterfly_factor", self.boft_n_butterfly_factor, 1)
         require_probability("boft_dropout", self.boft_dropout)
+        require_bool("init_weights", self.init_weights)
 
 
 class BOFTAdapter(Adapter):
@@ -104,7 +105,8 @@ class BOFTAdapter(Adapter):
         # was made: in place, through .data, by loading or by moving. On a GPU it would make the host wait.
         R = self.boft_R.detach()
         if self._cached is None or self._cached[0].dtype != R.dtype or not torch.equal(self._cached[0], R):
-            self._cached = (R.clone(), boft_blocks(R))
+            with torch.inference_mode(False), torch.no_grad():  # kept beyond this call, whatever mode it is in
+                self._cached = (R.clone(), boft_blocks(R))
         return self._cached[1]
 
     def _drop(self, blocks: Tensor) -> Tensor:
@@ -122,8 +124,8 @@ class BOFTAdapter(Adapter):
     def pre(self, x: Tensor) -> Tensor:
         return apply_butterfly(x, self.blocks())
 
-    def post(self, y: Tensor) -> Tensor:
-        return scale_rows(y, self.boft_s, None)
+    def post(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        return scale_rows(y, self.boft_s, bias)
 
     def rotate_weight(self, weight: Tensor) -> Tensor:
         # x R Wᵀ = x (W Rᵀ)ᵀ: the rows of W go through the transposed product.

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastpeft.config import AdapterConfig, require_finite, require_int
+from fastpeft.config import AdapterConfig, require_bool, require_finite, require_int, require_pattern
 from fastpeft.nn.adapter import Adapter, Site
 from fastpeft.nn.linear import AdaptedLinear
 from fastpeft.ops.fourierft import Bags, Tables, apply_fourier, fourier_weight, make_tables
@@ -41,8 +41,8 @@ class FourierFTConfig(AdapterConfig):
         require_int("n_frequency", self.n_frequency, 1)
         require_finite("scaling", self.scaling)
         require_int("random_loc_seed", self.random_loc_seed, 0)
-        for key, n in self.n_frequency_pattern.items():
-            require_int(f"n_frequency_pattern[{key!r}]", n, 1)
+        require_bool("init_weights", self.init_weights)
+        require_pattern("n_frequency_pattern", self.n_frequency_pattern, lambda name, n: require_int(name, n, 1))
 
 
 def frequency_for(path: str, config: FourierFTConfig) -> int:

@@ -7,6 +7,7 @@ objects, its hooks and its state-dict keys, ``isinstance`` goes on being true, a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -45,32 +46,25 @@ class Adapted(nn.Module):
         """The adapters that the weight holds at the moment."""
         return self._merged
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # named as nn.Linear names it
         if self._merged or not self.active:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(input, *args, **kwargs)
         adapters = [self.adapter(name) for name in self.active]
-        if len(adapters) == 1 and self._base_is_linear and type(weight := self.weight) in (nn.Parameter, Tensor):
-            check_input(x, self.in_features, weight)
-            return adapters[0].linear(x, weight, self.bias, *args, **kwargs)
-        # y = post(W · pre(x) + b) + Σ delta(x), the bias standing outside of post. Rotations compose as PEFT's do: the
-        # last one is the first to act on x.
-        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != adapters[0].in_features:
-            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must be a tensor of shape (..., {adapters[0].in_features}), got {found}")
+        plain = self._base_is_linear and type(weight := self.weight) in (nn.Parameter, Tensor)
+        check_input(input, adapters[0].in_features, weight if plain else None)
+        if plain and len(adapters) == 1:
+            return adapters[0].linear(input, weight, self.bias, *args, **kwargs)
+        # y = post(W · pre(x) + b) + Σ delta(x). Rotations compose as PEFT's do: the last is the first to act on x.
         rotations = [adapter for adapter in adapters if adapter.rotates]
-        z = x
+        z = input
         for adapter in reversed(rotations):
             z = adapter.pre(z)
         y = super().forward(z, *args, **kwargs)
-        if rotations:
-            bias = getattr(self, "bias", None)
-            y = y if bias is None else y - bias
-            for adapter in rotations:
-                y = adapter.post(y)
-            y = y if bias is None else y + bias
+        for adapter in rotations:
+            y = adapter.post(y, getattr(self, "bias", None))
         for adapter in adapters:
             if not adapter.rotates:
-                y = y + adapter.delta(x)
+                y = y + adapter.delta(input)
         return y
 
     def adapter(self, name: str) -> Adapter:
@@ -168,6 +162,9 @@ class AdaptedLinear(Adapted, nn.Linear):  # type: ignore[misc]
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        if type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__:
+            kind = type(linear).__name__
+            raise TypeError(f"linear must compute as nn.Linear does, got a {kind} with a forward of its own: use adapt")
         layer = cls.__new__(cls)
         layer.__dict__.update(linear.__dict__)
         for name, value in linear.__dict__.items():
@@ -185,7 +182,7 @@ class AdaptedLinear(Adapted, nn.Linear):  # type: ignore[misc]
             raise TypeError(f"config must be a {wanted}, got {type(config).__name__}")
         check_adapter_name(name)
         prepare(self)
-        (adapter,) = self.adapter_class.build(config, [site_of(self, "")])
+        (adapter,) = self.adapter_class.build(copy.deepcopy(config), [site_of(self, "")])
         self.add_adapter(name, adapter)
         self.active = (name,)
 
@@ -193,9 +190,15 @@ class AdaptedLinear(Adapted, nn.Linear):  # type: ignore[misc]
 def prepare(module: nn.Module) -> None:
     """Gives a module the attributes of an adapted layer with no adapter."""
     module.adapters = nn.ModuleDict()
+    # nn.TransformerEncoderLayer hands its weights to one fused kernel, past our layers, unless a hook is in it.
+    module.adapters.register_forward_pre_hook(_never_called)
     module.active = ()  # type: ignore[assignment]
     module._merged = ()  # type: ignore[assignment]
     module._base_weight = None  # type: ignore[assignment]
+
+
+def _never_called(module: nn.Module, args: Any) -> None:
+    """That it is there is all that matters."""
 
 
 def make_adapted(module: nn.Module) -> None:
@@ -272,7 +275,7 @@ def merge_target(module: nn.Module) -> Tensor:
 
 
 def check_adapter_name(name: Any) -> None:
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(
-            f"adapter_name must be a non-empty string without dots that names no dict method, got {name!r}"
+            f"adapter_name must be a non-empty string without dots that is no attribute of nn.ModuleDict, got {name!r}"
         )

@@ -9,7 +9,15 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fastpeft import reference
-from fastpeft.config import AdapterConfig, require_finite, require_int, require_probability, value_for
+from fastpeft.config import (
+    MOST_RANK,
+    AdapterConfig,
+    require_finite,
+    require_int,
+    require_pattern,
+    require_probability,
+    value_for,
+)
 from fastpeft.nn.adapter import Adapter, Site, dropout_active, make_dropout
 from fastpeft.nn.linear import AdaptedLinear
 from fastpeft.ops.lora import apply_lora
@@ -41,15 +49,13 @@ class LoraConfig(AdapterConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
-        require_int("r", self.r, 1)
+        require_int("r", self.r, 1, MOST_RANK)
         require_finite("lora_alpha", self.lora_alpha)
         require_probability("lora_dropout", self.lora_dropout)
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}")
-        for key, rank in self.rank_pattern.items():
-            require_int(f"rank_pattern[{key!r}]", rank, 1)
-        for key, alpha in self.alpha_pattern.items():
-            require_finite(f"alpha_pattern[{key!r}]", alpha)
+        require_pattern("rank_pattern", self.rank_pattern, lambda name, rank: require_int(name, rank, 1, MOST_RANK))
+        require_pattern("alpha_pattern", self.alpha_pattern, require_finite)
 
 
 class LoRAAdapter(Adapter):

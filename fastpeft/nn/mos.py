@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft import reference
-from fastpeft.config import AdapterConfig, require_finite, require_int, require_probability
+from fastpeft.config import MOST_RANK, AdapterConfig, require_bool, require_finite, require_int, require_probability
 from fastpeft.nn.adapter import Adapter, Site, dropout_active, make_dropout
 from fastpeft.nn.linear import AdaptedLinear
 from fastpeft.ops.mos import apply_mos, check_index
@@ -51,13 +51,14 @@ class MosConfig(AdapterConfig):
     init_weights: bool = True
 
     def check(self) -> None:
-        require_int("r", self.r, 1)
-        require_int("pool_rank", self.pool_rank, 1)
-        require_int("shards_per_vector", self.shards_per_vector, 1)
+        require_int("r", self.r, 1, MOST_RANK)
+        require_int("pool_rank", self.pool_rank, 1, MOST_RANK)
+        require_int("shards_per_vector", self.shards_per_vector, 1, MOST_RANK)
         require_int("private_rank", self.private_rank, 0)
         require_int("seed", self.seed, 0)
         require_finite("lora_alpha", self.lora_alpha)
         require_probability("lora_dropout", self.lora_dropout)
+        require_bool("init_weights", self.init_weights)
         if self.private_rank > min(self.r, self.pool_rank):
             least = min(self.r, self.pool_rank)
             raise ValueError(f"private_rank must be at most min(r, pool_rank) = {least}, got {self.private_rank}")
@@ -79,9 +80,9 @@ def draw_index(config: MosConfig, n_layers: int, kind: str, side: str) -> Tensor
     return index
 
 
-def kind_of(site: Site) -> str:
+def kind_of(path: str, out_features: int, in_features: int) -> str:
     """Layers of one kind share pools."""
-    return f"{site.path.rpartition('.')[2]}.{site.out_features}x{site.in_features}"
+    return f"{path.rpartition('.')[2]}.{out_features}x{in_features}"
 
 
 class MoSAdapter(Adapter):
@@ -101,7 +102,6 @@ class MoSAdapter(Adapter):
         index_B: Tensor,
     ) -> None:
         super().__init__(config, site)
-        self.kind = kind_of(site)
         self.scaling = reference.lora.lora_scaling(config.r, config.lora_alpha, False)
         self.dropout = make_dropout(config.lora_dropout)
         self.pool_A, self.pool_B = pool_A, pool_B
@@ -113,7 +113,7 @@ class MoSAdapter(Adapter):
     def build(cls, config: MosConfig, sites: Sequence[Site]) -> list[Adapter]:
         kinds: dict[str, list[Site]] = {}
         for site in sites:
-            kinds.setdefault(kind_of(site), []).append(site)
+            kinds.setdefault(kind_of(site.path, site.out_features, site.in_features), []).append(site)
         made = {
             site.path: adapter
             for kind, members in kinds.items()
@@ -127,6 +127,12 @@ class MoSAdapter(Adapter):
         for name, size in (("in", first.in_features), ("out", first.out_features)):
             if size % shards:
                 raise first.error(f"shards_per_vector={shards} does not divide its {name}_features, {size}")
+        for site in sites:
+            if (site.device, site.dtype) != (first.device, first.dtype):
+                raise site.error(
+                    f"is on {site.device} in {site.dtype}, but {first.path!r}, which would share its pool, is on "
+                    f"{first.device} in {first.dtype}"
+                )
         wanted, public = (
             (config.r - config.private_rank) * shards,
             (config.pool_rank - config.private_rank) * n_layers * shards,
@@ -149,23 +155,29 @@ class MoSAdapter(Adapter):
         return [cls(config, site, pool_A, pool_B, index_A[i], index_B[i]) for i, site in enumerate(sites)]
 
     @classmethod
-    def pack(cls, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-        """Each pool once, and each layer's shard numbers, so that a file does not rest on a random generator."""
+    def pack(cls, adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+        """Each pool once, and each layer's shard numbers, so that a file does not rest on a random generator.
+
+        A pool goes by its kind. Layers that were made one by one have pools of their own, which go by the path.
+        """
         tensors: dict[str, Tensor] = {}
-        for adapter in adapters:
+        for path, adapter in adapters.items():
             assert isinstance(adapter, MoSAdapter)
+            kind = kind_of(path, adapter.out_features, adapter.in_features)
+            if tensors.get(f"pools.{kind}.pool_A", adapter.pool_A) is not adapter.pool_A:
+                kind = path
             for name in ("pool_A", "pool_B"):
-                tensors[f"pools.{adapter.kind}.{name}"] = getattr(adapter, name)
+                tensors[f"pools.{kind}.{name}"] = getattr(adapter, name)
             for name in ("index_A", "index_B"):
-                tensors[f"layers.{adapter.path}.{name}"] = getattr(adapter, name)
+                tensors[f"layers.{path}.{name}"] = getattr(adapter, name)
         return tensors
 
     @classmethod
-    def check_file(cls, adapters: Sequence[Adapter], tensors: Mapping[str, Tensor], source: str) -> None:
-        for adapter in adapters:
+    def check_file(cls, adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], source: str) -> None:
+        for path, adapter in adapters.items():
             assert isinstance(adapter, MoSAdapter)
             for name in ("index_A", "index_B"):
-                key = f"layers.{adapter.path}.{name}"
+                key = f"layers.{path}.{name}"
                 if tensors[key].dtype not in (torch.int64, torch.int32):
                     raise ValueError(f"{source}: {key} must hold integers, got {tensors[key].dtype}")
                 check_index(f"{source}: {key}", tensors[key], adapter.pool_A.shape[0])
@@ -186,7 +198,7 @@ class MoSAdapter(Adapter):
 
     def extra_repr(self) -> str:
         r, shards = self.index_A.shape
-        return f"r={r}, shards_per_vector={shards}, kind={self.kind!r}, pool={self.pool_A.shape[0]} shards"
+        return f"r={r}, shards_per_vector={shards}, pool={self.pool_A.shape[0]} shards"
 
 
 class MoSLinear(AdaptedLinear):

@@ -35,12 +35,14 @@ def check_same_device(x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
 
 
-def check_input(x: Tensor, in_features: int, weight: Tensor) -> None:
-    """What a layer checks on every call; its own tensors fit each other by construction."""
+def check_input(x: Tensor, in_features: int, weight: Tensor | None) -> None:
+    """What a layer checks on every call; its own tensors fit each other by construction. weight may be unknown."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x must have shape (..., {in_features}), got {tuple(x.shape)}")
+    if weight is None:
+        return
     if x.dtype != weight.dtype and not (x.dtype.is_floating_point and autocast_dtype(x)):
         raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype}")
     if x.device != weight.device:
@@ -67,10 +69,14 @@ def check_base(x: Tensor, weight: Tensor | None, bias: Tensor | None, in_feature
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants for matrix products on the device of x, or None."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not autocast_enabled(x):
         return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Asked of the meta device, PyTorch raises."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def cast_for_autocast(
@@ -85,7 +91,7 @@ def cast_for_autocast(
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Inside an operator dtypes are chosen by hand."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_enabled(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 

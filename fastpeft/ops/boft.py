@@ -244,11 +244,16 @@ def butterfly_transposed(x: Tensor, blocks: Tensor) -> Tensor:
     return rotated
 
 
-def scale_rows(u: Tensor, boft_s: Tensor, bias: Tensor | None) -> Tensor:
-    """u ⊙ s + b over the last dimension, in the wider dtype and rounded once; u (..., out), boft_s (out, 1)."""
+def scale_rows(y: Tensor, boft_s: Tensor, bias: Tensor | None) -> Tensor:
+    """(y − b) ⊙ s + b for y (..., out) and boft_s (out, 1), in the wider dtype and rounded once.
+
+    Written as y + (y − b) ⊙ (s − 1), which leaves y as it is, to the last bit, where s is one.
+    """
     scale = boft_s.squeeze(-1)
-    y = u * scale if bias is None else torch.addcmul(bias.to(scale.dtype), u, scale)
-    return y.to(u.dtype)
+    if bias is None:
+        return (y * scale).to(y.dtype)
+    wide = y.to(torch.promote_types(y.dtype, scale.dtype))
+    return torch.addcmul(wide, wide - bias, scale - 1).to(y.dtype)
 
 
 def rotated_linear(
@@ -259,7 +264,7 @@ def rotated_linear(
     boft_s: Tensor,  # (out, 1)
 ) -> Tensor:  # (..., out)
     """y = ((x R) Wᵀ) ⊙ s + b from orthogonal blocks that are at hand."""
-    return scale_rows(F.linear(apply_butterfly(x, blocks), weight), boft_s, bias)
+    return scale_rows(F.linear(apply_butterfly(x, blocks), weight, bias), boft_s, bias)
 
 
 def boft_linear(

@@ -154,6 +154,8 @@ def apply_lora(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
     """lora_linear for arguments that are known to fit."""
+    if lora_A.device != x.device:
+        raise ValueError(f"x must be on the adapter's device, {lora_A.device}, got {x.device}")
     backend = LORA_FWD.choose(x)
     if backend == "reference":
         return base.dense_linear(x, weight, bias, reference.lora.lora_weight(lora_A, lora_B, scaling))

@@ -41,6 +41,7 @@ class PoolTap:
     """
 
     def __init__(self, pool: Tensor) -> None:
+        self.kind = (pool.dtype, pool.device)
         self.partial: dict[int, Tensor] = {}
         self.token = PoolTapFunction.apply(pool, self.partial)
 
@@ -58,7 +59,7 @@ def pool_tap(pool: Tensor) -> PoolTap:
     """The live tap of a pool."""
     reference_to_tap = _TAPS.get(pool)
     tap = reference_to_tap() if reference_to_tap is not None else None
-    if tap is None:
+    if tap is None or tap.kind != (pool.dtype, pool.device):  # a pool can be moved while an old graph still lives
         tap = PoolTap(pool)
         _TAPS[pool] = weakref.ref(tap)
     return tap
