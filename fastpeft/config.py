@@ -124,7 +124,7 @@ MOST_RANK = 1 << 20  # beyond any use, and small enough that a file cannot ask f
 
 def require_int(name: str, value: Any, least: int, most: int = (1 << 63) - 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least {least} and at most {most}, got {value!r}")
 
 
 def require_bool(name: str, value: Any) -> None:

@@ -94,6 +94,7 @@ def test_all_four_methods_end_to_end(tiny, tmp_path, capsys):
     assert rows["frozen", "–"]["latency_ms"] > 0
 
     for method in finetune.METHODS:
+        assert [p.name for p in (out / method).iterdir()] == ["final"]
         assert {p.name for p in (out / method / "final").iterdir()} == {
             "adapter",
             "head.safetensors",

@@ -247,7 +247,8 @@ def butterfly_transposed(x: Tensor, blocks: Tensor) -> Tensor:
 def scale_rows(y: Tensor, boft_s: Tensor, bias: Tensor | None) -> Tensor:
     """(y − b) ⊙ s + b for y (..., out) and boft_s (out, 1), in the wider dtype and rounded once.
 
-    Written as y + (y − b) ⊙ (s − 1), which leaves y as it is, to the last bit, where s is one.
+    Written as y + (y − b) ⊙ (s − 1), which leaves y as it is, to the last bit, where s is one: a fresh adapter changes
+    nothing. The price is that a bias far larger than the product costs digits of y − b, as it does in PEFT.
     """
     scale = boft_s.squeeze(-1)
     if bias is None:
