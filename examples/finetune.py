@@ -130,16 +130,15 @@ def fine_tune(method: str, job: Job) -> tuple[Classifier, Path]:
     # The base is frozen now: what is left to train is the adapter, and the head beside the encoder.
     optimizer = torch.optim.AdamW(
         [
-            {
-                "params": list(fastpeft.adapter_parameters(model.encoder)),
-                "lr": adapter_lr(method, model),
-            },
+            {"params": list(fastpeft.adapter_parameters(model.encoder)), "lr": adapter_lr(method, model)},
             {"params": list(model.head.parameters()), "lr": HEAD_LR},
         ],
         weight_decay=0.0,
     )
     train(model, optimizer, method, job)
-    return model, save(model, job, method, "final")
+    folder = save(model, job, method, "final")
+    shutil.rmtree(folder.with_name("checkpoint"), ignore_errors=True)  # superseded
+    return model, folder
 
 
 def save(model: Classifier, job: Job, method: str, name: str) -> Path:
@@ -675,6 +674,8 @@ def chart(results: Sequence[Result], path: Path) -> None:
             frozen = results[0].latency_ms
             panel.axvline(frozen, color="0.35", linestyle="--", label="frozen encoder")
         panel.set(xscale="log", xlabel=f"{label} (log scale)")
+        for set_formatter in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
+            set_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "125" else "")  # 0.5, not 5 × 10⁻¹
         panel.set_yticks(range(len(titles)), titles)
         panel.margins(x=0.2)
         panel.invert_yaxis()

@@ -231,8 +231,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     method.check_file(by_path, tensors, source)
     if not together:  # said last: everything else is said more exactly
         raise ValueError(
-            f"{source}: {files.CONFIG} is not the one that {files.TENSORS} was saved with; saving was interrupted, or it "
-            "was edited"
+            f"{source}: {files.CONFIG} is not the one that {files.TENSORS} was saved with; saving was interrupted, or "
+            "it was edited"
         )
     with torch.no_grad():
         for key, tensor in method.pack(by_path).items():
