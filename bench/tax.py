@@ -78,16 +78,20 @@ class Row:
     error: float  # of the output, relative to its largest entry
 
 
+def hollow(linear: nn.Linear) -> nn.Linear:
+    """A layer of the same sizes whose weight is one number in memory."""
+    layer = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    layer.weight = nn.Parameter(torch.zeros(()).expand_as(linear.weight), requires_grad=False)
+    return layer
+
+
 class Holder(nn.Module):
     """A model of one layer; for MoS of many, of which the first is used."""
 
     def __init__(self, linear: nn.Linear, copies: int = 0) -> None:
         super().__init__()
         self.layer = linear
-        self.others = nn.ModuleList(
-            nn.ModuleDict({"layer": nn.Linear(linear.in_features, linear.out_features, device="meta")})
-            for _ in range(copies)
-        )
+        self.others = nn.ModuleList(nn.ModuleDict({"layer": hollow(linear)}) for _ in range(copies))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)

@@ -697,7 +697,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     names = ", ".join(METHODS)
     add("--method", nargs="+", type=method_names, default=[list(METHODS)], metavar="NAME",
         help=f"one or several of {names}, or all (default)")  # fmt: skip
-    add("--steps", type=positive, default=160, help="training steps per method (%(default)s)")
+    add("--steps", type=positive, default=150, help="training steps per method (%(default)s)")
     add("--batch-size", type=positive, default=32, help="rows per step (%(default)s)")
     add("--model", type=Path, metavar="FOLDER", help="a transformers encoder (default: MiniLM-L6)")
     add("--data", type=Path, metavar="FILE",
