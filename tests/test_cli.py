@@ -15,7 +15,6 @@ from fastpeft import backend, functional
 from fastpeft.backend import BACKENDS, OPERATORS
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=str)
-needs_extension = pytest.mark.skipif(backend.extension is None, reason=backend.extension_status)
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -76,7 +75,6 @@ def test_backends():
     assert table["lora_fwd (cpu)"]["chosen"] == "torch"  # but the interpreter is for tests alone
 
 
-@needs_extension
 def test_backends_with_the_extension():
     row = fastpeft.backends()["butterfly_fwd (cpu)"]
     assert row["native"] == "yes"
@@ -122,7 +120,6 @@ def test_native_lora_is_refused():
         adapted(METHODS[0])(randn(5, 24))
 
 
-@needs_extension
 def test_a_dtype_that_a_backend_cannot_take():
     x, blocks = randn(5, 16, dtype=torch.float64), torch.zeros(2, 4, 4, 4, dtype=torch.float64)
     with fastpeft.use_backend("native"), pytest.raises(RuntimeError) as caught:
@@ -189,14 +186,12 @@ def test_doctor_with_a_backend_that_operators_lack():
 # FASTPEFT_ISA
 
 
-@needs_extension
 def test_an_instruction_set_by_environment():
     """That each of them computes the right thing is the operators' tests' business."""
     assert "baseline" in backend.extension.supported_isas
     assert "instruction set in use: baseline " in run_doctor(FASTPEFT_ISA="baseline")
 
 
-@needs_extension
 def test_a_wrong_instruction_set():
     """Forced, so it fails loudly: no warning and slower code, no kernels that are said to be there and then fail."""
     script = "import torch, fastpeft; fastpeft.functional.butterfly(torch.randn(5, 16), torch.randn(2, 4, 4, 4))"

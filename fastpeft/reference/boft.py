@@ -57,15 +57,6 @@ def boft_blocks(
     return cayley((boft_R - boft_R.mT) / 2)
 
 
-def boft_weight(
-    weight: Tensor,  # (out, in)
-    boft_R: Tensor,  # (m, in / b, b, b)
-    boft_s: Tensor,  # (out, 1)
-) -> Tensor:  # (out, in)
-    """s ⊙ (R Wᵀ)ᵀ: the weight that takes the place of W."""
-    return ((weight.to(boft_R.dtype) @ butterfly_matrix(boft_blocks(boft_R)).T) * boft_s).to(weight.dtype)
-
-
 def boft_linear(
     x: Tensor,  # (..., in)
     weight: Tensor,  # (out, in)
