@@ -7,14 +7,19 @@ they are the truth, in another dtype the composition of PyTorch operations that 
 from __future__ import annotations
 
 import copy
+import io
 import math
+import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastpeft
 from fastpeft import reference
@@ -75,6 +80,11 @@ FOURIERFT = Method(  # a scaling that makes the delta about as large as the base
     None,
 )
 METHODS = [LORA, MOS, BOFT, FOURIERFT]
+WITH_DROPOUT = [method for method in METHODS if method.dropout]
+every_method = pytest.mark.parametrize("method", METHODS, ids=str)
+
+# More tokens than this and a fused node pays for its overhead: small and large inputs may go different ways.
+MANY = 6000
 
 
 def fill(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -274,33 +284,6 @@ def check(
     errors.check()
 
 
-class Scaled(nn.Linear):
-    """A subclass of nn.Linear that computes something else."""
-
-    def forward(self, x: Tensor, gain: float = 2.0) -> Tensor:
-        return gain * super().forward(x)
-
-
-class QuantisedLinear(nn.Module):
-    """A weight in eight bits and a scale for each row, as buffers, as quantisation libraries keep them."""
-
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor
-
-    def __init__(self, d_in: int, d_out: int, seed: int = 0) -> None:
-        super().__init__()
-        self.in_features, self.out_features = d_in, d_out
-        dense = randn(d_out, d_in, seed=seed)
-        scale = dense.abs().amax(1, keepdim=True) / 127
-        self.register_buffer("weight", (dense / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", randn(d_out, seed=seed + 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias.to(x.dtype))
-
-
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Everything about a model that a refused call must leave as it was."""
     return {
@@ -320,3 +303,36 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
         assert value.is_meta or torch.equal(after["state"][key].nan_to_num(7), value.nan_to_num(7)), key
     for part in before.keys() - {"state"}:
         assert after[part] == before[part], part
+
+
+def through_a_file(layer: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "torch.save": through_a_file,
+}
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the shape of everything that an operator returns and that is not a view of what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                self.made.append((str(func), tuple(tensor.shape)))
+        return result
+
+    def count(self, shape: torch.Size) -> int:
+        return sum(made == tuple(shape) for _, made in self.made)

@@ -8,13 +8,11 @@ import sys
 
 import pytest
 import torch
-from helpers import METHODS, Method, adapted, check, randn
+from helpers import METHODS, Method, adapted, check, every_method, randn
 
 import fastpeft
 from fastpeft import backend, functional
 from fastpeft.backend import BACKENDS, OPERATORS
-
-every_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
