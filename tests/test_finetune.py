@@ -17,8 +17,11 @@ pytest.importorskip("matplotlib")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import classifier
+import cost
 import data
 import finetune
+import report
 import torch
 
 GOOD = "a warm funny wise film full of charm and real feeling".split()
@@ -62,8 +65,8 @@ def data_file(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny(monkeypatch, model_folder: Path, data_file: Path, tmp_path: Path) -> list[str]:
     """Arguments for a run of seconds."""
-    monkeypatch.setattr(finetune, "TIMED_STEPS", 2)
-    monkeypatch.setattr(finetune, "TIMED_SENTENCES", 3)
+    monkeypatch.setattr(cost, "TIMED_STEPS", 2)
+    monkeypatch.setattr(cost, "TIMED_SENTENCES", 3)
     monkeypatch.setattr(finetune, "CHECKPOINT_EVERY", 2)
     return [
         *("--model", str(model_folder), "--data", str(data_file), "--out", str(tmp_path / "out")),
@@ -102,7 +105,7 @@ def test_all_four_methods_end_to_end(tiny, tmp_path, capsys):
     assert (out / "costs.png").read_bytes().startswith(b"\x89PNG")
     markdown = (out / "table.md").read_text(encoding="utf-8")
     terminal = capsys.readouterr().out
-    for word in (*finetune.COLUMNS, *titles):
+    for word in (*report.COLUMNS, *titles):
         assert word in markdown and word in terminal
 
 
@@ -122,7 +125,7 @@ def test_peft_stands_beside(tiny, tmp_path):
 
 
 def test_without_peft(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "peft", None)
+    monkeypatch.setattr(cost, "peft", None)
     assert finetune.main([*tiny, "--method", "lora"]) == 0
     record = json.loads((tmp_path / "out" / "table.json").read_text())
     absent = next(row for row in record["rows"] if row["library"] == "PEFT")
@@ -131,7 +134,7 @@ def test_without_peft(tiny, tmp_path, monkeypatch):
 
 
 def test_a_seed_repeats_a_run(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "peft", None)
+    monkeypatch.setattr(cost, "peft", None)
     heads = []
     for _ in range(2):
         assert finetune.main([*tiny, "--method", "mos", "--seed", "5"]) == 0
@@ -158,7 +161,7 @@ def test_interrupt_leaves_a_checkpoint_and_says_where(tiny, tmp_path, monkeypatc
     assert not (tmp_path / "out/boft/final").exists()
 
     settings = finetune.parse([*tiny, "--method", "boft"])
-    job = finetune.Job(settings, finetune.load_tokenizer(settings.model), data.Split([], [], 0))
+    job = classifier.Job(settings, classifier.load_tokenizer(settings.model), data.Split([], [], 0))
     finetune.load(job.fresh_model(), checkpoint)
 
 
@@ -183,12 +186,12 @@ def test_peak_bytes_counts_what_is_alive_at_once():
         del first
         kept.append(second * 2)
 
-    assert 8000 <= finetune.peak_bytes(work) < 8200
+    assert 8000 <= cost.peak_bytes(work) < 8200
 
 
 def test_take_turns_keeps_its_budget():
     seen = []
-    seconds = finetune.take_turns("ab", lambda name, i: seen.append((name, i)), 9, budget=0.0)
+    seconds = cost.take_turns("ab", lambda name, i: seen.append((name, i)), 9, budget=0.0)
     assert seen == [(name, i) for i in range(3) for name in "ab"]
     assert [len(seconds[name]) for name in "ab"] == [3, 3]
 
@@ -197,14 +200,14 @@ def test_logistic_regression_separates_what_is_separable():
     torch.manual_seed(0)
     x = torch.randn(200, 5) * torch.tensor([1.0, 10.0, 0.1, 1.0, 1.0]) + 3
     labels = (x[:, 0] + x[:, 1] > 6).float()
-    weight, bias = finetune.logistic_regression(x, labels)
-    assert finetune.hits(x @ weight + bias, labels) >= 195
+    weight, bias = classifier.logistic_regression(x, labels)
+    assert classifier.hits(x @ weight + bias, labels) >= 195
 
 
 def test_logistic_regression_gives_a_dead_column_no_weight():
     torch.manual_seed(0)
     x = torch.randn(200, 3) * torch.tensor([1.0, 1e-30, 1.0])
-    weight, _ = finetune.logistic_regression(x, (x[:, 0] > 0).float())
+    weight, _ = classifier.logistic_regression(x, (x[:, 0] > 0).float())
     assert abs(weight[1]) < 1e-6 < weight[0]
 
 
