@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -107,6 +104,8 @@ CASES = [
     fourier_case(12, 7, 84),  # every place taken, both own mirror images
     fourier_case(1, 9, 5),  # one column
     fourier_case(30, 2, 11),
+    fourier_case(262, 148, 200),  # 2 · 131, a convolution, and 4 · 37, an odd radix
+    fourier_case(45, 98, 100),  # 3 · 3 · 5 and 2 · 7 · 7
 ]
 
 CASES += [
@@ -206,6 +205,12 @@ def test_values_and_gradients_match_the_formula(case: Case, dtype: torch.dtype):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32_adapters_over_a_16_bit_base(case: Case, dtype: torch.dtype):
     check_against_formula(case, dtype, adapter_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_composition_where_a_kernel_runs_by_default(case: Case):
+    with fastpeft.use_backend("torch"):
+        check_against_formula(case, torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -343,41 +348,6 @@ def test_cayley_is_orthogonal_for_large_matrices_too():
     torch.testing.assert_close(q @ q.mT, torch.eye(8).expand(7, 8, 8), atol=1e-5, rtol=0)
 
 
-BUTTERFLIES = [(24, 2, 3), (48, 8, 2), (35, 5, 1), (640, 4, 5), (512, 8, 2)]  # d, b, m
-
-
-def butterfly_inputs(d: int, b: int, m: int, dtype: torch.dtype = torch.float32, tokens: int = 37):
-    g = torch.Generator().manual_seed(0)
-    blocks = torch.linalg.qr(torch.randn(m, d // b, b, b, generator=g)).Q.contiguous()
-    x, grad = (torch.randn(tokens, d, generator=g).to(dtype) for _ in range(2))
-    return x, blocks, grad
-
-
-@pytest.mark.parametrize("size", BUTTERFLIES, ids=str)
-def test_butterfly_does_not_depend_on_the_number_of_threads(size: tuple[int, int, int]):
-    x, blocks, grad = butterfly_inputs(*size, tokens=100)
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            y = torch.ops.fastpeft.butterfly_fwd(x, blocks)
-            results.append((y, *torch.ops.fastpeft.butterfly_bwd(grad, x, blocks, True, True)))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("size", BUTTERFLIES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-def test_butterfly_opcheck(size: tuple[int, int, int], dtype: torch.dtype):
-    x, blocks, grad = butterfly_inputs(*size, dtype)
-    torch.library.opcheck(torch.ops.fastpeft.butterfly_fwd, (x, blocks))
-    for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(torch.ops.fastpeft.butterfly_bwd, (grad, x, blocks, *needs))
-
-
 def test_lora_triton_opcheck_and_gradients():
     case = CASES[1]
     tensors, fixed, _ = inputs(case, torch.float32)
@@ -391,46 +361,6 @@ def test_lora_triton_opcheck_and_gradients():
 def _float_run(case: Case):
     tensors, fixed, grad = inputs(case, torch.float32)
     return [t.float() for t in tensors], fixed, grad.float()
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ((torch.zeros(3, 4, 5), torch.zeros(1, 1, 5, 5)), "x must have shape"),
-        ((torch.zeros(3, 6), torch.zeros(1, 1, 5, 5)), "blocks cover 5 features, x has 6"),
-        ((torch.zeros(3, 5), torch.zeros(2, 1, 5, 5)), "2 factors of block size 5 do not fit 5"),
-        ((torch.zeros(3, 12), torch.zeros(3, 3, 4, 4)), "3 factors of block size 4 do not fit 12"),
-        ((torch.zeros(3, 5), torch.zeros(1, 1, 5, 5, dtype=torch.float64)), "blocks must be float32"),
-        ((torch.zeros(3, 5, dtype=torch.int64), torch.zeros(1, 1, 5, 5)), "x must be float32, bfloat16 or float16"),
-        ((torch.zeros(3, 5), torch.zeros(1, 5, 5)), "blocks must have shape"),
-    ],
-)
-def test_butterfly_operator_called_directly_checks_its_arguments(arguments, message: str):
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastpeft.butterfly_fwd(*arguments)
-    if arguments[0].dtype.is_floating_point:
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.fastpeft.butterfly_bwd(arguments[0], *arguments, True, True)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str):
-    """The chosen set is fixed when the library loads, so each runs in a process of its own."""
-    extension = fastpeft.backend.extension
-    assert extension is not None, fastpeft.backend.extension_status
-    if isa not in extension.supported_isas:
-        pytest.skip(f"this processor does not run {isa}")
-    script = f"""
-import torch, fastpeft, test_ops as t
-assert fastpeft.backend.extension.isa == {isa!r}
-for case in t.CASES:
-    if case.name.startswith("boft"):
-        for dtype in t.DTYPES[:3] if case.name == "boft-b8m2" else t.DTYPES[:1]:
-            t.check_against_formula(case, dtype)
-"""
-    folder = os.path.dirname(__file__)
-    env = {**os.environ, "FASTPEFT_ISA": isa, "PYTHONPATH": folder}
-    subprocess.run([sys.executable, "-c", script], check=True, env=env, cwd=folder)
 
 
 def test_operators_are_declared_once_with_fakes():

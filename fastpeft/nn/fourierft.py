@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastpeft.config import AdapterConfig, require_bool, require_finite, require_int, require_pattern
 from fastpeft.nn.adapter import Adapter, Site
 from fastpeft.nn.linear import AdaptedLinear
-from fastpeft.ops.fourierft import Bags, Tables, apply_fourier, fourier_weight, make_tables
+from fastpeft.ops.fourierft import Tables, apply_fourier, fourier_weight, make_tables
 
 
 @dataclass(kw_only=True)
@@ -63,16 +63,14 @@ class FourierPlaces:
         # PEFT's choice: the first n of a seeded permutation of all places.
         generator = torch.Generator().manual_seed(seed)
         places = torch.randperm(shape[0] * shape[1], generator=generator, device="cpu")[:n]
-        rows, cols = places // shape[1], places % shape[1]
-        self._on = {torch.device("cpu"): (rows, cols, make_tables(rows, cols, shape))}
+        self.rows, self.cols = places // shape[1], places % shape[1]
+        self._tables = {torch.device("cpu"): make_tables(self.rows, self.cols, shape)}
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tables]:
-        """Rows, columns and tables on a device."""
-        if device not in self._on:
-            rows, cols, tables = self._on[torch.device("cpu")]
-            moved = Tables(*(Bags(*(tensor.to(device) for tensor in bags)) for bags in tables))
-            self._on[device] = (rows.to(device), cols.to(device), moved)
-        return self._on[device]
+    def tables(self, device: torch.device) -> Tables:
+        """The operator's tables on a device."""
+        if device not in self._tables:
+            self._tables[device] = make_tables(self.rows.to(device), self.cols.to(device), self.shape)
+        return self._tables[device]
 
     def __deepcopy__(self, memo: dict) -> FourierPlaces:
         return self
@@ -111,14 +109,14 @@ class FourierFTAdapter(Adapter):
         self.spectrum = nn.Parameter(start(self.n, device=site.device, dtype=site.dtype))
 
     def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        rows, cols, tables = self.places.on(x.device)
-        return apply_fourier(x, weight, bias, self.spectrum, tables, rows, cols, self.places.shape, self.scaling)
+        tables = self.places.tables(x.device)
+        return apply_fourier(x, weight, bias, self.spectrum, tables, self.places.shape, self.scaling)
 
     def delta(self, x: Tensor) -> Tensor:
         return self.linear(x, None, None)
 
     def delta_weight(self) -> Tensor:
-        rows, cols, _ = self.places.on(self.spectrum.device)
+        rows, cols = (places.to(self.spectrum.device) for places in (self.places.rows, self.places.cols))
         return fourier_weight(self.spectrum, rows, cols, self.places.shape, self.scaling)
 
     def extra_repr(self) -> str:

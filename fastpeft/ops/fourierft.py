@@ -8,8 +8,10 @@ Cost: T · (d1 log d1 + d2 log d2 + n) operations.
 Gradients, with G = fft(grad): ∂L/∂c_k = α / (d1 d2) · Re Σ_t G[u_k] X[v_k], and ∂L/∂x is the same operator on grad
 with (u, d1) and (v, d2) exchanged.
 
-The gather, product and scatter between two transforms is an embedding bag: the table holds one row of T numbers for
-each real and imaginary part of a bin, a bag is a part of an output bin, and the coefficients are its weights.
+The compiled form (csrc/cpu/fourierft_loops.cpp) keeps whole spectra of two tokens at a time. In the form composed of
+PyTorch operations the gather, product and scatter between two transforms is an embedding bag: the table holds one row
+of T numbers for each real and imaginary part of a bin, a bag is a part of an output bin, and the coefficients are its
+weights.
 """
 
 from __future__ import annotations
@@ -27,12 +29,33 @@ from fastpeft import reference
 from fastpeft.backend import Operator
 from fastpeft.ops import base
 
+# y += delta(x), with the mix from bins of x to bins of y and scale = α / (d1 d2).
 FOURIER_FWD = Operator(
-    "fourier_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor spectrum, Tensor rows, Tensor cols, float scaling)"
-    " -> Tensor",
-    fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
-    order=("torch",),
+    "fourier_fwd_(Tensor(a!) y, Tensor x, Tensor spectrum, Tensor offsets, Tensor sources, Tensor entries, float scale)"
+    " -> ()",
+    fake=lambda *_: None,
+    order=("native", "torch"),
 )
+
+# dx += the gradient of x by the mix from bins of grad to bins of x; returns the gradient of spectrum, or no entries
+# where x is not given.
+FOURIER_BWD = Operator(
+    "fourier_bwd_(Tensor(a!)? dx, Tensor grad, Tensor? x, Tensor spectrum, Tensor rows, Tensor cols, Tensor offsets,"
+    " Tensor sources, Tensor entries, float scale) -> Tensor",
+    fake=lambda dx, grad, x, spectrum, *_: spectrum.new_empty(0 if x is None else spectrum.shape[0]),
+    order=("native", "torch"),
+)
+
+
+class Mix(NamedTuple):
+    """The gather–multiply–scatter between two whole spectra, for the compiled lane; 2n samples sorted by target bin.
+
+    With H[u, v] = ½ (S[u, v] + S[−u, −v]) an entry stands at two places with half its coefficient.
+    """
+
+    offsets: Tensor  # (bins + 1,) int32, first sample of each target bin
+    sources: Tensor  # (2n,) int32, bin that is read
+    entries: Tensor  # (2n,) int32, which coefficient it takes
 
 
 class Bags(NamedTuple):
@@ -50,10 +73,23 @@ class Bags(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What the operator needs to know about its places, for y and for the gradient of x."""
+    """What the operator needs to know about its places: from x to y, and back from the gradient of y to that of x."""
 
-    forward: Bags
-    backward: Bags
+    rows: Tensor  # (n,) int32
+    cols: Tensor  # (n,) int32
+    forward: Mix
+    backward: Mix
+    forward_bags: Bags
+    backward_bags: Bags
+
+
+def _make_mix(source_place: Tensor, source_length: int, target_place: Tensor, target_length: int) -> Mix:
+    n = source_place.shape[0]
+    targets = torch.cat([target_place, (target_length - target_place) % target_length])
+    sources = torch.cat([source_place, (source_length - source_place) % source_length])
+    targets, order = torch.sort(targets, stable=True)
+    offsets = torch.searchsorted(targets, torch.arange(target_length + 1, device=targets.device))
+    return Mix(offsets.int(), sources[order].int(), (order % n).int())
 
 
 def _make_bags(source_place: Tensor, source_length: int, target_place: Tensor, target_length: int) -> Bags:
@@ -76,8 +112,11 @@ def _make_bags(source_place: Tensor, source_length: int, target_place: Tensor, t
 
 def make_tables(rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> Tables:
     """Tables for places that are known to lie inside (out, in)."""
-    out_features, in_features = shape
-    return Tables(_make_bags(cols, in_features, rows, out_features), _make_bags(rows, out_features, cols, in_features))
+    forward = cols, shape[1], rows, shape[0]
+    backward = rows, shape[0], cols, shape[1]
+    return Tables(
+        rows.int(), cols.int(), _make_mix(*forward), _make_mix(*backward), _make_bags(*forward), _make_bags(*backward)
+    )
 
 
 def check_places(rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> None:
@@ -146,17 +185,20 @@ def fourier_fwd(
     scaling: float,
 ) -> Tensor:  # (T, out)
     """The base product with the delta added into it."""
-    return _add_delta(
-        None if weight is None else F.linear(x, weight, bias), x, spectrum, tables.forward, shape, scaling
-    )
+    y = x.new_zeros(x.shape[0], shape[0]) if weight is None else F.linear(x, weight, bias)
+    if _runs_native(FOURIER_FWD, x, spectrum):
+        FOURIER_FWD.call("native", y, x, spectrum, *tables.forward, scaling / (shape[0] * shape[1]))
+        return y
+    return _add_delta(y, x, spectrum, tables.forward_bags, shape, scaling)
 
 
-def _add_delta(
-    y: Tensor | None, x: Tensor, spectrum: Tensor, bags: Bags, shape: tuple[int, int], scaling: float
-) -> Tensor:
-    """Adds the delta of x (T, in) into y (T, out), or makes it; shape is (out, in)."""
+def _runs_native(operator: Operator, x: Tensor, spectrum: Tensor) -> bool:
+    return operator.choose(x) == "native" and spectrum.dtype == torch.float32
+
+
+def _add_delta(y: Tensor, x: Tensor, spectrum: Tensor, bags: Bags, shape: tuple[int, int], scaling: float) -> Tensor:
+    """The composition: adds the delta of x (T, in) into y (T, out); shape is (out, in)."""
     out_features, in_features = shape
-    y = x.new_zeros(x.shape[0], out_features) if y is None else y
     coefficients = _coefficients(bags, spectrum, scaling / in_features)
     chunks = _token_chunks(x, max(shape))
     for start in chunks:
@@ -182,15 +224,22 @@ def fourier_bwd(
     dx = None
     if need_x:
         dx = grad.new_zeros(grad.shape[0], in_features) if weight is None else grad @ weight
-    coefficients = _coefficients(tables.backward, spectrum, scaling / out_features)
-    bags = tables.forward
+    if _runs_native(FOURIER_BWD, grad, spectrum):
+        places = (tables.rows, tables.cols, *tables.backward)
+        source = x if need_spectrum else None
+        dspectrum = FOURIER_BWD.call(
+            "native", dx, grad, source, spectrum, *places, scaling / (out_features * in_features)
+        )
+        return dx, dspectrum if need_spectrum else None
+    coefficients = _coefficients(tables.backward_bags, spectrum, scaling / out_features)
+    bags = tables.forward_bags
     products = torch.zeros(len(bags.source), dtype=spectrum.dtype, device=spectrum.device)
     chunks = _token_chunks(grad, max(shape))
     for start in chunks:
         part = slice(start, start + chunks.step)
         grad_table = half_spectrum(grad[part].to(spectrum.dtype))
         if dx is not None:
-            dx[part] += _synthesise(grad_table, tables.backward, coefficients, in_features)
+            dx[part] += _synthesise(grad_table, tables.backward_bags, coefficients, in_features)
         if need_spectrum:
             assert x is not None
             table = half_spectrum(x[part].to(spectrum.dtype))
@@ -268,7 +317,7 @@ def fourier_linear(
     base.check_floating("spectrum", spectrum)
     base.check_base(x, weight, bias, shape[1], shape[0])
     base.check_same_device(x, spectrum=spectrum)
-    return apply_fourier(x, weight, bias, spectrum, tables_for(rows, cols, shape), rows, cols, shape, scaling)
+    return apply_fourier(x, weight, bias, spectrum, tables_for(rows, cols, shape), shape, scaling)
 
 
 def apply_fourier(
@@ -277,19 +326,17 @@ def apply_fourier(
     bias: Tensor | None,  # (out,)
     spectrum: Tensor,  # (n,)
     tables: Tables,
-    rows: Tensor,  # (n,)
-    cols: Tensor,  # (n,)
     shape: tuple[int, int],
     scaling: float,
 ) -> Tensor:  # (..., out)
     """fourier_linear for arguments that are known to fit, tables at hand, and weight=None for the delta alone."""
     if FOURIER_FWD.choose(x) == "reference":
         wide = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
-        delta = reference.fourierft.fourier_weight(wide, rows, cols, shape, scaling)
+        delta = reference.fourierft.fourier_weight(wide, tables.rows.long(), tables.cols.long(), shape, scaling)
         return base.dense_linear(x, weight, bias, delta)
     if not base.is_frozen(weight, bias):
         assert weight is not None
-        delta = apply_fourier(x, None, None, spectrum, tables, rows, cols, shape, scaling)
+        delta = apply_fourier(x, None, None, spectrum, tables, shape, scaling)
         return F.linear(x, weight, bias) + delta
     x, weight, bias = base.cast_for_autocast(x, weight, bias)
     flat = base.as_rows(x)

@@ -1,0 +1,175 @@
+// The operators fastpeft::fourier_fwd_ and fourier_bwd_ on CPU tensors. Schemas and fakes: fastpeft/ops/fourierft.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "cpu/fourierft_loops.h"
+#include "cpu/scratch.h"
+#include "cpu/tensor.h"
+
+namespace fastpeft {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const FourierLoops& loops() {
+#define FASTPEFT_RETURN(isa) \
+  if (active_isa() == Isa::isa) return isa::fourier;
+  FASTPEFT_FOR_EACH_ISA(FASTPEFT_RETURN)
+#undef FASTPEFT_RETURN
+  return baseline::fourier;
+}
+
+void check_rows(const Tensor& x, const char* name) {
+  check_cpu(x, name);
+  STD_TORCH_CHECK(x.dim() == 2, "fourier: ", name, " must have shape (tokens, features), got ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(x.size(1) < int64_t(1) << 30, "fourier: ", name, " has ", x.size(1), " features, at most 2^30 work");
+  scalar_of(x, name);
+}
+
+// Writing into a row must not need a copy of it.
+void check_added_to(const Tensor& y, const char* name) {
+  check_rows(y, name);
+  STD_TORCH_CHECK((y.stride(1) == 1 || y.size(1) <= 1) && (y.stride(0) >= y.size(1) || y.size(0) <= 1),
+                  "fourier: ", name, " must have rows without gaps that do not overlap");
+}
+
+// An index table as contiguous int32 numbers that all lie in [0, limit).
+const int32_t* check_table(const Tensor& table, const char* name, int64_t size, int64_t limit) {
+  check_cpu(table, name);
+  STD_TORCH_CHECK(table.dim() == 1 && table.scalar_type() == ScalarType::Int && table.is_contiguous(),
+                  "fourier: ", name, " must be a contiguous int32 vector");
+  STD_TORCH_CHECK(table.size(0) == size, "fourier: ", name, " must have ", size, " entries, got ", table.size(0));
+  const int32_t* values = static_cast<const int32_t*>(table.const_data_ptr());
+  bool inside = true;
+  for (int64_t i = 0; i < size; ++i) inside &= values[i] >= 0 && values[i] < limit;
+  STD_TORCH_CHECK(inside, "fourier: ", name, " must lie in [0, ", limit, ")");
+  return values;
+}
+
+void check_spectrum(const Tensor& spectrum) {
+  check_cpu(spectrum, "spectrum");
+  STD_TORCH_CHECK(spectrum.dim() == 1 && spectrum.scalar_type() == ScalarType::Float,
+                  "fourier: spectrum must be a float32 vector");
+}
+
+// The mix of one direction; keeps its plans and coefficients alive.
+struct Mix {
+  std::shared_ptr<const FftPlan> source, target;
+  std::vector<float> coefficients;
+  FourierMix view;
+
+  Mix(int64_t source_length, int64_t target_length, const Tensor& spectrum, const Tensor& offsets,
+      const Tensor& sources, const Tensor& entries, double scale)
+      : source(fft_plan(source_length)), target(fft_plan(target_length)), coefficients(sources.numel()) {
+    const int64_t samples = sources.numel(), stride = spectrum.stride(0);
+    const int32_t* from = check_table(sources, "sources", samples, source_length);
+    const int32_t* which = check_table(entries, "entries", samples, spectrum.size(0));
+    const int32_t* starts = check_table(offsets, "offsets", target_length + 1, samples + 1);
+    STD_TORCH_CHECK(
+        starts[0] == 0 && starts[target_length] == samples && std::is_sorted(starts, starts + target_length + 1),
+        "fourier: offsets must rise from 0 to ", samples);
+    const float* c = static_cast<const float*>(spectrum.const_data_ptr());
+    for (int64_t s = 0; s < samples; ++s) coefficients[s] = float(scale * c[which[s] * stride]);
+    view = {source.get(), target.get(), starts, from, coefficients.data()};
+  }
+};
+
+Rows rows_from(const Tensor& x, int64_t token) {
+  return {static_cast<const char*>(x.const_data_ptr()) + token * x.stride(0) * x.element_size(), x.stride(0)};
+}
+
+MutableRows rows_into(const Tensor& y, int64_t token) {
+  return {static_cast<char*>(y.mutable_data_ptr()) + token * y.stride(0) * y.element_size(), y.stride(0)};
+}
+
+// y += delta(x). The mix takes bins of x to bins of y; scale is alpha / (d1 d2).
+void fourier_fwd_(const Tensor& y, const Tensor& x_any, const Tensor& spectrum, const Tensor& offsets,
+                  const Tensor& sources, const Tensor& entries, double scale) {
+  check_added_to(y, "y");
+  check_rows(x_any, "x");
+  check_spectrum(spectrum);
+  STD_TORCH_CHECK(y.size(0) == x_any.size(0) && y.scalar_type() == x_any.scalar_type(),
+                  "fourier: y must have the tokens and the dtype of x");
+  const int64_t tokens = y.size(0);
+  if (tokens == 0 || y.size(1) == 0 || x_any.size(1) == 0) return;
+  const Tensor x = with_contiguous_rows(x_any);
+  const Mix mix(x.size(1), y.size(1), spectrum, offsets, sources, entries, scale / 2);
+  const Scalar scalar = scalar_of(x, "x");
+  const int64_t tile = 2 * loops().lanes;
+  torch::stable::parallel_for(0, (tokens + tile - 1) / tile, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(loops().scratch_floats(*mix.source, *mix.target));
+    for (int64_t first = begin * tile; first < std::min(end * tile, tokens); first += tile) {
+      loops().fwd(mix.view, scalar, std::min(tile, tokens - first), rows_from(x, first), rows_into(y, first),
+                  scratch.data());
+    }
+  });
+}
+
+// Tokens are added up in groups that depend on the sizes alone, so that the sum does not depend on the number of
+// threads; a group has a partial sum of its own.
+int64_t group_count(int64_t tiles, int64_t places) {
+  constexpr int64_t kPartialFloats = 1 << 20;
+  return std::clamp<int64_t>(kPartialFloats / std::max<int64_t>(places, 1), 1, std::min<int64_t>(tiles, 64));
+}
+
+// dx += the gradient of x, if dx is given, and returns that of the spectrum, or no entries if x is not given. The mix
+// takes bins of grad to bins of dx.
+Tensor fourier_bwd_(const std::optional<Tensor>& dx, const Tensor& grad_any, const std::optional<Tensor>& x_any,
+                    const Tensor& spectrum, const Tensor& rows, const Tensor& cols, const Tensor& offsets,
+                    const Tensor& sources, const Tensor& entries, double scale) {
+  check_rows(grad_any, "grad");
+  check_spectrum(spectrum);
+  if (dx) check_added_to(*dx, "dx");
+  if (x_any) check_rows(*x_any, "x");
+  const int64_t tokens = grad_any.size(0), out_features = grad_any.size(1);
+  const int64_t in_features = dx ? dx->size(1) : x_any ? x_any->size(1) : 0;
+  for (const std::optional<Tensor>& same : {dx, x_any}) {
+    STD_TORCH_CHECK(!same || (same->size(0) == tokens && same->size(1) == in_features &&
+                              same->scalar_type() == grad_any.scalar_type()),
+                    "fourier: dx and x must have one shape, and the tokens and the dtype of grad");
+  }
+  const int64_t count = x_any ? spectrum.size(0) : 0;
+  Tensor dspectrum = torch::stable::new_zeros(spectrum, {count});
+  if (tokens == 0 || out_features == 0 || in_features == 0 || (!dx && !x_any)) return dspectrum;
+
+  const Tensor grad = with_contiguous_rows(grad_any);
+  const std::optional<Tensor> x = x_any ? std::optional(with_contiguous_rows(*x_any)) : std::nullopt;
+  const Mix mix(out_features, in_features, spectrum, offsets, sources, entries, scale / 2);
+  const FourierPlaces places{count, check_table(rows, "rows", spectrum.size(0), out_features),
+                             check_table(cols, "cols", spectrum.size(0), in_features)};
+  const Scalar scalar = scalar_of(grad, "grad");
+  const int64_t tile = 2 * loops().lanes, tiles = (tokens + tile - 1) / tile, groups = group_count(tiles, count);
+  std::vector<float> partial(groups * count, 0.0f);
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(loops().scratch_floats(*mix.source, *mix.target));
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t last = std::min((group + 1) * tiles / groups * tile, tokens);
+      for (int64_t first = group * tiles / groups * tile; first < last; first += tile) {
+        loops().bwd(mix.view, scalar, std::min(tile, tokens - first), rows_from(grad, first),
+                    dx ? rows_into(*dx, first) : MutableRows{}, x ? rows_from(*x, first) : Rows{}, places,
+                    partial.data() + group * count, scratch.data());
+      }
+    }
+  });
+  float* sums = static_cast<float*>(dspectrum.mutable_data_ptr());
+  for (int64_t k = 0; k < count; ++k) {
+    double sum = 0.0;
+    for (int64_t group = 0; group < groups; ++group) sum += partial[group * count + k];
+    sums[k] = float(scale * sum);
+  }
+  return dspectrum;
+}
+
+}  // namespace
+}  // namespace fastpeft
+
+STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) {
+  m.impl("fourier_fwd_", TORCH_BOX(&fastpeft::fourier_fwd_));
+  m.impl("fourier_bwd_", TORCH_BOX(&fastpeft::fourier_bwd_));
+}

@@ -1,0 +1,204 @@
+// FourierFT (Gao et al., ICML 2024, arXiv 2405.03003): the delta of a tile of tokens and its gradients.
+//
+// A real matrix acts on the two parts of a complex signal separately, so two tokens travel as one signal z. With
+// H[u, v] = 1/2 (S[u, v] + S[-u, -v]), which is Hermitian,
+//
+//   delta(z) = scale * F1 (H F2 z),     scale = alpha / (d1 d2), F1 and F2 the transforms of length d1 and d2
+//
+// because both of the paper's inverse transforms become forward ones when u and v run backwards. The gradient of x is
+// the same with H transposed, and with G = F1 g, X = F2 x
+//
+//   dL/dc_k = scale * 1/2 Re sum (G[u] conj X[-v] + conj G[-u] X[v])
+//
+// where the sum over signals is one over tokens: products of different tokens cancel.
+//
+// Cost for 2 lanes tokens: two transforms (cpu/fft.h), 4 n multiply-adds and 4 n loads of vectors for the mix, and a
+// transposition on the way in and out. The tiles of both spectra stay in the second-level cache.
+#include "cpu/fourierft_loops.h"
+
+#include <utility>
+
+#include "cpu/fft.h"
+
+namespace fastpeft::FASTPEFT_ISA {
+namespace {
+
+// Blocks of kStep rows and lanes off the diagonal change places.
+template <int kStep, int... kLane>
+inline void exchange(Vector& a, Vector& b, std::integer_sequence<int, kLane...>) {
+  const Vector upper = __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane : kLane + kStep)...);
+  a = upper;
+}
+
+// Rows become columns.
+template <int kStep = kLanes / 2>
+inline void transpose(Vector* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(i & kStep)) exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>{});
+  }
+  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
+}
+
+template <typename T>
+inline Vector load_vector(const T* from) {
+  Vector value;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    __builtin_memcpy(&value, from, sizeof(value));
+  } else {
+    for (int lane = 0; lane < kLanes; ++lane) value[lane] = to_float(from[lane]);
+  }
+  return value;
+}
+
+template <typename T>
+inline void add_vector(T* to, Vector value) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    value += load_vector(to);
+    __builtin_memcpy(to, &value, sizeof(value));
+  } else {
+    for (int lane = 0; lane < kLanes; ++lane) to[lane] = from_float<T>(to_float(to[lane]) + value[lane]);
+  }
+}
+
+// parts[j] = entry j of up to kLanes tokens, zeros for those that are missing.
+template <typename T, bool kAll>
+inline void load_part(Rows x, int64_t tokens, int64_t features, float* parts) {
+  const T* rows = static_cast<const T*>(x.data);
+  int64_t j = 0;
+  for (; j + kLanes <= features; j += kLanes) {
+    Vector block[kLanes];
+#pragma GCC unroll 16
+    for (int64_t t = 0; t < kLanes; ++t)
+      block[t] = kAll || t < tokens ? load_vector(rows + t * x.stride + j) : Vector{};
+    transpose(block);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i) *reinterpret_cast<Vector*>(parts + (j + i) * kRow) = block[i];
+  }
+  for (; j < features; ++j) {
+    for (int64_t t = 0; t < kLanes; ++t) parts[j * kRow + t] = t < tokens ? to_float(rows[t * x.stride + j]) : 0.0f;
+  }
+}
+
+// tile[j] = entry j of every token: real parts are the first kLanes tokens, imaginary parts the next.
+template <typename T>
+void load_tile(Rows x, int64_t tokens, int64_t features, float* tile) {
+  for (int part = 0; part < 2; ++part, tokens -= kLanes) {
+    if (tokens >= kLanes) {
+      load_part<T, true>(x, tokens, features, tile + part * kLanes);
+    } else if (tokens > 0) {
+      load_part<T, false>(x, tokens, features, tile + part * kLanes);
+    } else {
+      for (int64_t j = 0; j < features; ++j) *reinterpret_cast<Vector*>(tile + j * kRow + part * kLanes) = Vector{};
+    }
+    x.data = static_cast<const T*>(x.data) + kLanes * x.stride;
+  }
+}
+
+template <typename T>
+void add_tile(const float* tile, int64_t tokens, int64_t features, MutableRows y) {
+  for (int part = 0; part < 2; ++part) {
+    const float* parts = tile + part * kLanes;
+    const int64_t left = tokens - part * kLanes < kLanes ? tokens - part * kLanes : kLanes;
+    if (left <= 0) return;
+    T* rows = static_cast<T*>(y.data) + part * kLanes * y.stride;
+    int64_t j = 0;
+    for (; j + kLanes <= features; j += kLanes) {
+      Vector block[kLanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i) block[i] = *reinterpret_cast<const Vector*>(parts + (j + i) * kRow);
+      transpose(block);
+      for (int64_t t = 0; t < left; ++t) add_vector(rows + t * y.stride + j, block[t]);
+    }
+    for (; j < features; ++j) {
+      for (int64_t t = 0; t < left; ++t) {
+        rows[t * y.stride + j] = from_float<T>(to_float(rows[t * y.stride + j]) + parts[j * kRow + t]);
+      }
+    }
+  }
+}
+
+void mix_bins(const FourierMix& mix, const float* source, float* target) {
+  const int32_t* from = mix.source->position;
+  for (int64_t k = 0; k < mix.target->length; ++k) {
+    ComplexVector sum = {};
+    for (int32_t s = mix.offsets[k]; s < mix.offsets[k + 1]; ++s) {
+      const ComplexVector bin = load_row(source + from[mix.sources[s]] * kRow);
+      const float c = mix.coefficients[s];
+      sum = {sum.re + c * bin.re, sum.im + c * bin.im};
+    }
+    store_row(target + mix.target->position[k] * kRow, sum);
+  }
+}
+
+void add_products(const FourierPlaces& places, const FftPlan& out, const float* grad, const FftPlan& in, const float* x,
+                  float* products) {
+  for (int64_t k = 0; k < places.count; ++k) {
+    const int32_t u = places.rows[k], v = places.cols[k];
+    const ComplexVector g = load_row(grad + out.position[u] * kRow);
+    const ComplexVector g_mirrored = load_row(grad + out.position[u ? out.length - u : 0] * kRow);
+    const ComplexVector f = load_row(x + in.position[v] * kRow);
+    const ComplexVector f_mirrored = load_row(x + in.position[v ? in.length - v : 0] * kRow);
+    const Vector sums = g.re * f_mirrored.re + g.im * f_mirrored.im + g_mirrored.re * f.re + g_mirrored.im * f.im;
+    float sum = 0.0f;
+    for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+    products[k] += 0.5f * sum;
+  }
+}
+
+template <typename Call>
+inline void dispatch(Scalar scalar, Call call) {
+  switch (scalar) {
+    case Scalar::float32:
+      return call(float{});
+    case Scalar::bfloat16:
+      return call(BFloat16{});
+    case Scalar::float16:
+      return call(Float16{});
+  }
+}
+
+void load_spectrum(const FftPlan& plan, Scalar scalar, int64_t tokens, Rows x, float* tile, float* spare) {
+  dispatch(scalar, [&]<typename T>(T) { load_tile<T>(x, tokens, plan.length, tile); });
+  fft_decimate(plan, tile, spare);
+}
+
+void add_synthesis(const FftPlan& plan, Scalar scalar, int64_t tokens, float* tile, MutableRows y, float* spare) {
+  fft_combine(plan, tile, spare);
+  dispatch(scalar, [&]<typename T>(T) { add_tile<T>(tile, tokens, plan.length, y); });
+}
+
+int64_t scratch_floats(const FftPlan& one, const FftPlan& other) {
+  const int64_t spare = fft_spare_rows(one) > fft_spare_rows(other) ? fft_spare_rows(one) : fft_spare_rows(other);
+  return (one.length + other.length + spare) * kRow;
+}
+
+void fwd(const FourierMix& mix, Scalar scalar, int64_t tokens, Rows x, MutableRows y, float* scratch) {
+  float* target = scratch + mix.source->length * kRow;
+  float* spare = target + mix.target->length * kRow;
+  load_spectrum(*mix.source, scalar, tokens, x, scratch, spare);
+  mix_bins(mix, scratch, target);
+  add_synthesis(*mix.target, scalar, tokens, target, y, spare);
+}
+
+void bwd(const FourierMix& mix, Scalar scalar, int64_t tokens, Rows grad, MutableRows dx, Rows x,
+         const FourierPlaces& places, float* products, float* scratch) {
+  float* other = scratch + mix.source->length * kRow;
+  float* spare = other + mix.target->length * kRow;
+  load_spectrum(*mix.source, scalar, tokens, grad, scratch, spare);
+  if (x.data != nullptr) {
+    load_spectrum(*mix.target, scalar, tokens, x, other, spare);
+    add_products(places, *mix.source, scratch, *mix.target, other, products);
+  }
+  if (dx.data != nullptr) {
+    mix_bins(mix, scratch, other);
+    add_synthesis(*mix.target, scalar, tokens, other, dx, spare);
+  }
+}
+
+}  // namespace
+
+const FourierLoops fourier = {kLanes, scratch_floats, fwd, bwd};
+
+}  // namespace fastpeft::FASTPEFT_ISA
