@@ -65,7 +65,7 @@ def assert_gradients(model: nn.Module, *seeds: int, weights: tuple[float, ...] =
 
     found, errors = pool_gradients(model) if found is None else found, Errors()
     for name, gradient, composed, exact in zip("AB", found, gradients(model), gradients(exact_model), strict=True):
-        errors.add(name, gradient, composed, exact, exact)
+        errors.add(name, gradient, exact, (composed, exact))
     errors.check()
 
 

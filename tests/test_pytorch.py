@@ -139,9 +139,9 @@ def check_compiled(block: nn.Sequential, x: Tensor, compiled: Callable[[Tensor],
         assert found.tensors().keys() == eager.tensors().keys()
         for name, tensor in found.tensors().items():
             assert tensor.dtype == eager.tensors()[name].dtype
-            errors.add(name, tensor, eager.tensors()[name], exact.tensors()[name], exact.tensors()[name])
+            errors.add(name, tensor, exact.tensors()[name], (eager.tensors()[name], exact.tensors()[name]))
         with torch.no_grad():
-            errors.add("y without gradients", compiled(x), eager.y, exact.y, exact.y)
+            errors.add("y without gradients", compiled(x), exact.y, (eager.y, exact.y))
     errors.check()
 
 

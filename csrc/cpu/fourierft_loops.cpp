@@ -41,6 +41,19 @@ inline void transpose(Vector* rows) {
   if constexpr (kStep > 1) transpose<kStep / 2>(rows);
 }
 
+template <int kStep, int... kLane>
+inline Vector folded(Vector value, std::integer_sequence<int, kLane...>) {
+  return value + __builtin_shufflevector(value, value, (kLane ^ kStep)...);
+}
+
+// The sum of all lanes, in pairs.
+template <int kStep = kLanes / 2>
+inline float sum_of(Vector value) {
+  value = folded<kStep>(value, std::make_integer_sequence<int, kLanes>{});
+  if constexpr (kStep > 1) return sum_of<kStep / 2>(value);
+  return value[0];
+}
+
 template <typename T>
 inline Vector load_vector(const T* from) {
   Vector value;
@@ -140,10 +153,8 @@ void add_products(const FourierPlaces& places, const FftPlan& out, const float* 
     const ComplexVector g_mirrored = load_row(grad + out.position[u ? out.length - u : 0] * kRow);
     const ComplexVector f = load_row(x + in.position[v] * kRow);
     const ComplexVector f_mirrored = load_row(x + in.position[v ? in.length - v : 0] * kRow);
-    const Vector sums = g.re * f_mirrored.re + g.im * f_mirrored.im + g_mirrored.re * f.re + g_mirrored.im * f.im;
-    float sum = 0.0f;
-    for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
-    products[k] += 0.5f * sum;
+    const Vector one = g.re * f_mirrored.re + g.im * f_mirrored.im, other = g_mirrored.re * f.re + g_mirrored.im * f.im;
+    products[k] += 0.5f * sum_of(one + other);
   }
 }
 

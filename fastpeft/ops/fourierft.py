@@ -330,6 +330,8 @@ def apply_fourier(
     scaling: float,
 ) -> Tensor:  # (..., out)
     """fourier_linear for arguments that are known to fit, tables at hand, and weight=None for the delta alone."""
+    if spectrum.device != x.device:
+        raise ValueError(f"x must be on the adapter's device, {spectrum.device}, got {x.device}")
     if FOURIER_FWD.choose(x) == "reference":
         wide = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
         delta = reference.fourierft.fourier_weight(wide, tables.rows.long(), tables.cols.long(), shape, scaling)
