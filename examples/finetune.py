@@ -66,7 +66,7 @@ class Method:
 METHODS = {
     "lora": Method("LoRA", lr=3e-3),
     "mos": Method("MoS", lr=4e-3, in_peft=False),
-    "boft": Method("BOFT", lr=4e-3),
+    "boft": Method("BOFT", lr=2e-3),
     "fourierft": Method("FourierFT", lr=1e-1),
 }
 

@@ -9,27 +9,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import COPIES, DTYPES, IN, MANY, MOS, Allocations, Errors, adapted, fill, make_linear, randn, run, widened
+from helpers import COPIES, DTYPES, IN, MOS, Allocations, Errors, adapted, fill, make_linear, randn, run, widened
 from small_models import check_block, plain_block
 from torch import Tensor, nn
 
 import fastpeft
 
 N_LAYERS = 3
-how_many = {"tokens": 7}
-
-
-@pytest.fixture(params=[7, MANY], ids=["few tokens", "many tokens"])
-def tokens(request, monkeypatch) -> int:
-    monkeypatch.setitem(how_many, "tokens", request.param)
-    return request.param
-
-
-few_and_many = pytest.mark.usefixtures("tokens")
+TOKENS = 7
 
 
 def tokens_in(seed: int = 1) -> Tensor:
-    return randn(how_many["tokens"], IN, seed=seed) / how_many["tokens"] ** 0.5
+    return randn(TOKENS, IN, seed=seed) / TOKENS**0.5
 
 
 def make_sharing(n_layers: int = N_LAYERS, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -79,7 +70,6 @@ def test_pools_are_shared():
     assert len(used) < reads  # some shards really have several readers
 
 
-@few_and_many
 @pytest.mark.parametrize("n_layers", [1, 3, 6])
 @pytest.mark.parametrize("wants_x", [True, False])
 def test_one_gradient_array_per_pool_and_backward(n_layers: int, wants_x: bool):
@@ -96,7 +86,6 @@ def test_one_gradient_array_per_pool_and_backward(n_layers: int, wants_x: bool):
     assert allocations.count(pool_A.shape) == 2
 
 
-@few_and_many
 def test_no_pool_sized_array_where_only_x_is_asked_for():
     model, x = make_sharing(), tokens_in().requires_grad_()
     model.requires_grad_(False)
@@ -106,21 +95,18 @@ def test_no_pool_sized_array_where_only_x_is_asked_for():
     assert allocations.count(pools_shape := model[0].adapters["default"].pool_A.shape) == 0, pools_shape
 
 
-@few_and_many
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pool_gradients(dtype: torch.dtype):
     model = make_sharing().to(dtype)
     check_block(model, tokens_in().to(dtype))
 
 
-@few_and_many
 def test_two_forwards_before_one_backward():
     model = make_sharing()
     (loss_of(model, 1) + loss_of(model, 2)).backward()
     assert_gradients(model, 1, 2)
 
 
-@few_and_many
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_backwards_of_two_graphs(order: tuple[int, int]):
     model = make_sharing()
@@ -132,7 +118,6 @@ def test_two_backwards_of_two_graphs(order: tuple[int, int]):
     assert_gradients(model, order[1] + 1)
 
 
-@few_and_many
 def test_gradients_accumulate_over_steps():
     model = make_sharing()
     for seed in (1, 2, 3):
@@ -140,7 +125,6 @@ def test_gradients_accumulate_over_steps():
     assert_gradients(model, 1, 2, 3)
 
 
-@few_and_many
 def test_one_graph_backward_twice():
     model = make_sharing()
     loss = loss_of(model)
@@ -151,7 +135,6 @@ def test_one_graph_backward_twice():
     assert_gradients(model, 1, found=once)
 
 
-@few_and_many
 def test_autograd_grad():
     model = make_sharing()
     both = pools(model)
@@ -167,7 +150,6 @@ def test_autograd_grad():
     assert torch.equal(both[1].grad, found[1])
 
 
-@few_and_many
 def test_gradients_of_x_alone_leave_nothing_behind():
     model, x = make_sharing(), tokens_in().requires_grad_()
     loss = model(x).square().sum()
@@ -190,7 +172,6 @@ class InterruptError(Exception):
     pass
 
 
-@few_and_many
 @pytest.mark.parametrize("where", range(N_LAYERS))
 def test_an_exception_in_the_middle_of_backward_leaves_no_contribution(where: int):
     model = make_sharing()
@@ -215,7 +196,6 @@ def test_an_exception_in_the_middle_of_backward_leaves_no_contribution(where: in
     assert_gradients(model, 1)
 
 
-@few_and_many
 def test_backward_inside_backward():
     """A hook that runs a backward pass of its own, as reentrant checkpointing does."""
     model = make_sharing()
@@ -230,7 +210,6 @@ def test_backward_inside_backward():
     assert_gradients(model, 1, 2)
 
 
-@few_and_many
 def test_backward_in_two_threads():
     model = make_sharing()
     losses = [loss_of(model, seed) for seed in (1, 2)]
@@ -248,7 +227,6 @@ def test_backward_in_two_threads():
     assert_gradients(model, 2, found=found[1])
 
 
-@few_and_many
 @pytest.mark.parametrize("how", COPIES)
 def test_pools_stay_shared_in_copies(how: str):
     model = make_sharing()
@@ -260,7 +238,6 @@ def test_pools_stay_shared_in_copies(how: str):
     assert all(pool.grad is None for pool in pools(model))
 
 
-@few_and_many
 def test_a_copy_made_while_a_graph_lives():
     model = make_sharing()
     loss = loss_of(model, 1)
@@ -276,7 +253,6 @@ def test_pools_stay_shared_when_they_move(move: Callable[[nn.Module], nn.Module]
     assert len(pools(move(make_sharing()))) == 2
 
 
-@few_and_many
 def test_hooks_on_a_pool_fire_once():
     model, fired, accumulated = make_sharing(), [], []
     for pool in pools(model):
@@ -291,7 +267,6 @@ def test_hooks_on_a_pool_fire_once():
     assert_gradients(model, 1)
 
 
-@few_and_many
 def test_a_hook_may_change_the_gradient_of_a_pool():
     model = make_sharing()
     for pool in pools(model):
@@ -300,7 +275,6 @@ def test_a_hook_may_change_the_gradient_of_a_pool():
     assert_gradients(model, 1, weights=(3.0,))
 
 
-@few_and_many
 def test_a_pool_frozen_between_graphs():
     model = make_sharing()
     pool_A, pool_B = pools(model)

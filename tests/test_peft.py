@@ -178,8 +178,8 @@ def run(model, x):
 
 
 class Errors:
-    """The largest relative error of a tensor of each kind so far, of three models: PEFT's and ours in one dtype, and ours
-    in float64. PEFT's in float64 is right."""
+    """The largest relative error of a tensor of each kind so far, of three models: PEFT's and ours in one dtype, and
+    ours in float64. PEFT's in float64 is right."""
 
     def __init__(self):
         self.theirs, self.ours, self.wide = {}, {}, {}

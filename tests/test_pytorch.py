@@ -14,7 +14,6 @@ from helpers import (
     COPIES,
     IN,
     LORA,
-    MANY,
     OUT,
     WITH_DROPOUT,
     Errors,
@@ -210,14 +209,13 @@ def test_autocast_over_a_bfloat16_base(method: Method):
 
 @every_method
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("tokens", [7, MANY])
-def test_gradient_checkpointing(method: Method, reentrant: bool, tokens: int):
+def test_gradient_checkpointing(method: Method, reentrant: bool):
     def checkpointed(block: nn.Sequential, x: Tensor) -> Tensor:
         x = checkpoint(block[:2], x, use_reentrant=reentrant)
         x = block[2](x)  # not checkpointed, and sharing pools with one that is
         return checkpoint(block[3:], x, use_reentrant=reentrant)
 
-    check_block(make_block(method), randn(tokens, IN), checkpointed)
+    check_block(make_block(method), randn(7, IN), checkpointed)
 
 
 @pytest.mark.parametrize("method", WITH_DROPOUT, ids=str)

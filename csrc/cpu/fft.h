@@ -12,20 +12,10 @@
 #pragma once
 
 #include "cpu/fft_plan.h"
-#include "cpu/isa.h"
+#include "cpu/simd.h"
 
 namespace fastpeft::FASTPEFT_ISA {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 
 constexpr int64_t kRow = 2 * kLanes;                      // floats in a row of a tile
 constexpr int64_t kCachedRows = (16 << 10) / (kRow * 4);  // half of a small first-level cache

@@ -80,14 +80,6 @@ struct Mix {
   }
 };
 
-Rows rows_from(const Tensor& x, int64_t token) {
-  return {static_cast<const char*>(x.const_data_ptr()) + token * x.stride(0) * x.element_size(), x.stride(0)};
-}
-
-MutableRows rows_into(const Tensor& y, int64_t token) {
-  return {static_cast<char*>(y.mutable_data_ptr()) + token * y.stride(0) * y.element_size(), y.stride(0)};
-}
-
 // y += delta(x). The mix takes bins of x to bins of y; scale is alpha / (d1 d2).
 void fourier_fwd_(const Tensor& y, const Tensor& x_any, const Tensor& spectrum, const Tensor& offsets,
                   const Tensor& sources, const Tensor& entries, double scale) {

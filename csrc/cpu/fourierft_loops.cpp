@@ -16,63 +16,14 @@
 // transposition on the way in and out. The tiles of both spectra stay in the second-level cache.
 #include "cpu/fourierft_loops.h"
 
-#include <utility>
-
 #include "cpu/fft.h"
 
 namespace fastpeft::FASTPEFT_ISA {
 namespace {
 
-// Blocks of kStep rows and lanes off the diagonal change places.
-template <int kStep, int... kLane>
-inline void exchange(Vector& a, Vector& b, std::integer_sequence<int, kLane...>) {
-  const Vector upper = __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane - kStep : kLane)...);
-  b = __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane : kLane + kStep)...);
-  a = upper;
-}
-
-// Rows become columns.
-template <int kStep = kLanes / 2>
-inline void transpose(Vector* rows) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (!(i & kStep)) exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>{});
-  }
-  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
-}
-
-template <int kStep, int... kLane>
-inline Vector folded(Vector value, std::integer_sequence<int, kLane...>) {
-  return value + __builtin_shufflevector(value, value, (kLane ^ kStep)...);
-}
-
-// The sum of all lanes, in pairs.
-template <int kStep = kLanes / 2>
-inline float sum_of(Vector value) {
-  value = folded<kStep>(value, std::make_integer_sequence<int, kLanes>{});
-  if constexpr (kStep > 1) return sum_of<kStep / 2>(value);
-  return value[0];
-}
-
-template <typename T>
-inline Vector load_vector(const T* from) {
-  Vector value;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    __builtin_memcpy(&value, from, sizeof(value));
-  } else {
-    for (int lane = 0; lane < kLanes; ++lane) value[lane] = to_float(from[lane]);
-  }
-  return value;
-}
-
 template <typename T>
 inline void add_vector(T* to, Vector value) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    value += load_vector(to);
-    __builtin_memcpy(to, &value, sizeof(value));
-  } else {
-    for (int lane = 0; lane < kLanes; ++lane) to[lane] = from_float<T>(to_float(to[lane]) + value[lane]);
-  }
+  store_vector(to, load_vector(to) + value);
 }
 
 // parts[j] = entry j of up to kLanes tokens, zeros for those that are missing.
@@ -158,26 +109,14 @@ void add_products(const FourierPlaces& places, const FftPlan& out, const float* 
   }
 }
 
-template <typename Call>
-inline void dispatch(Scalar scalar, Call call) {
-  switch (scalar) {
-    case Scalar::float32:
-      return call(float{});
-    case Scalar::bfloat16:
-      return call(BFloat16{});
-    case Scalar::float16:
-      return call(Float16{});
-  }
-}
-
 void load_spectrum(const FftPlan& plan, Scalar scalar, int64_t tokens, Rows x, float* tile, float* spare) {
-  dispatch(scalar, [&]<typename T>(T) { load_tile<T>(x, tokens, plan.length, tile); });
+  with_scalar(scalar, [&]<typename T>(T) { load_tile<T>(x, tokens, plan.length, tile); });
   fft_decimate(plan, tile, spare);
 }
 
 void add_synthesis(const FftPlan& plan, Scalar scalar, int64_t tokens, float* tile, MutableRows y, float* spare) {
   fft_combine(plan, tile, spare);
-  dispatch(scalar, [&]<typename T>(T) { add_tile<T>(tile, tokens, plan.length, y); });
+  with_scalar(scalar, [&]<typename T>(T) { add_tile<T>(tile, tokens, plan.length, y); });
 }
 
 int64_t scratch_floats(const FftPlan& one, const FftPlan& other) {

@@ -6,6 +6,7 @@
 #include "common/half.h"
 #include "cpu/fft_plan.h"
 #include "cpu/isa.h"
+#include "cpu/rows.h"
 
 namespace fastpeft {
 
@@ -23,16 +24,6 @@ struct FourierPlaces {
   int64_t count;
   const int32_t* rows;  // [count], bins of the output
   const int32_t* cols;  // [count], bins of the input
-};
-
-// Rows of tokens, elements of a row side by side, `stride` elements between rows.
-struct Rows {
-  const void* data;
-  int64_t stride;
-};
-struct MutableRows {
-  void* data;
-  int64_t stride;
 };
 
 struct FourierLoops {

@@ -14,14 +14,29 @@ from fastpeft.ops import base
 
 def _lora_fwd_fake(x, weight, bias, lora_A, lora_B, scaling):
     tokens = x.shape[0]
-    return x.new_empty(tokens, weight.shape[0]), x.new_empty(tokens, lora_A.shape[0], dtype=torch.float32)
+    return x.new_empty(tokens, lora_B.shape[0]), x.new_empty(tokens, lora_A.shape[0], dtype=torch.float32)
 
 
-# Triton stands behind the library composition until it has been measured on a GPU.
+# Returns y and h = x Aᵀ. Triton stands behind the library composition until it has been measured on a GPU.
 LORA_FWD = Operator(
-    "lora_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)",
+    "lora_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)",
     fake=_lora_fwd_fake,
-    order=("torch", "triton"),
+    order=("native", "torch", "triton"),
+)
+
+
+def _lora_bwd_fake(grad, x, weight, lora_A, lora_B, h, scaling, need_x):
+    dx = grad.new_empty(grad.shape[0] if need_x else 0, lora_A.shape[1])
+    dA = lora_A.new_empty(0 if x is None else lora_A.shape[0], lora_A.shape[1])
+    return dx, dA, lora_B.new_empty(0, lora_B.shape[1]) if h is None else torch.empty_like(lora_B)
+
+
+# Gradients of x, lora_A (if x is given) and lora_B (if h is given); one that is not needed comes back with no rows.
+LORA_BWD = Operator(
+    "lora_bwd(Tensor grad, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? h, float scaling,"
+    " bool need_x) -> (Tensor, Tensor, Tensor)",
+    fake=_lora_bwd_fake,
+    order=("native", "torch"),
 )
 
 if triton_available():
@@ -82,8 +97,10 @@ def lora_bwd(
     return dx, dA, dB
 
 
-def _run(backend: str, x: Tensor, weight: Tensor | None, bias, lora_A, lora_B, scaling) -> tuple[Tensor, Tensor]:
-    if backend == "torch" or weight is None:
+def _run(
+    backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    if backend == "torch" or (backend == "triton" and weight is None):
         return lora_fwd(x, weight, bias, lora_A, lora_B, scaling)
     return LORA_FWD.call(backend, x, weight, bias, lora_A, lora_B, scaling)
 
@@ -93,19 +110,22 @@ class LoRAFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, backend):
         with base.without_autocast(x):
             y, h = _run(backend, x, weight, bias, lora_A, lora_B, scaling)
-        need_x, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_A else None, weight if need_x else None, lora_A, lora_B, h if need_B else None)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.backend = scaling, backend
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4])
+        need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
+        x, weight, lora_A, lora_B, h = ctx.saved_tensors
         with base.without_autocast(grad):
-            x, weight, lora_A, lora_B, h = ctx.saved_tensors
-            dx, dA, dB = lora_bwd(grad, x, weight, lora_A, lora_B, h, ctx.scaling, needs)
-        return dx, None, None, dA, dB, None, None
+            if ctx.backend == "native":
+                dx, dA, dB = LORA_BWD.call("native", grad, x, weight, lora_A, lora_B, h, ctx.scaling, need_x)
+            else:
+                dx, dA, dB = lora_bwd(grad, x, weight, lora_A, lora_B, h, ctx.scaling, (need_x, need_A, need_B))
+        return dx if need_x else None, None, None, dA if need_A else None, dB if need_B else None, None, None
 
 
 def lora_linear(
@@ -146,11 +166,6 @@ def lora_linear(
     return apply_lora(x, weight, bias, lora_A, lora_B, scaling)
 
 
-# An autograd node written in Python costs some 100 µs of a training step, one more pass over the gradient of x about
-# 1 ns for an element: up to here the pass is cheaper, and autograd differentiates the composition by itself.
-SMALL_INPUT = 1 << 17
-
-
 def apply_lora(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
@@ -161,10 +176,13 @@ def apply_lora(
     if backend == "reference":
         return base.dense_linear(x, weight, bias, reference.lora.lora_weight(lora_A, lora_B, scaling))
     x, weight, bias = base.cast_for_autocast(x, weight, bias)
+    if backend == "native" and lora_A.dtype != torch.float32:
+        if lora_A.dtype == torch.float64:
+            backend = "torch"
+        else:
+            lora_A, lora_B = lora_A.float(), lora_B.float()
     rows = base.as_rows(x)
-    # A compiler fuses better than we do, and does not need to be shown a derivative.
-    by_autograd = torch.compiler.is_compiling() or rows.numel() <= SMALL_INPUT or not base.is_frozen(weight, bias)
-    if not base.needs_autograd(x, weight, bias, lora_A, lora_B) or (backend == "torch" and by_autograd):
+    if not base.needs_autograd(x, weight, bias, lora_A, lora_B):
         with base.without_autocast(x):
             y, _ = _run(backend, rows, weight, bias, lora_A, lora_B, scaling)
     elif base.is_frozen(weight, bias):

@@ -1,0 +1,203 @@
+// LoRA (Hu et al. 2021, arXiv 2106.09685): its products between activations and matrices with a short side r.
+//
+// Each is 2 T d r operations and one pass over the activation; forward needs two of them, training four more, beside
+// the base's 2 T d1 d2 each way. So the floor of the adapter's share is r (d1 + d2) / (d1 d2) of the base product.
+// Tiles of accumulators stay in registers while they add up: a vector multiply-add for every load or broadcast.
+#include "cpu/lora_loops.h"
+
+#include "cpu/simd.h"
+
+namespace fastpeft::FASTPEFT_ISA {
+namespace {
+
+// Sums over more tokens than this are made of partial sums, which lose fewer digits.
+constexpr int64_t kPartialTokens = 64;
+
+template <typename T>
+inline const T* row_of(Rows x, int64_t t) {
+  return static_cast<const T*>(x.data) + t * x.stride;
+}
+
+template <typename T>
+inline T* row_of(MutableRows y, int64_t t) {
+  return static_cast<T*>(y.data) + t * y.stride;
+}
+
+// kTokens x kRanks dot products along the features.
+template <typename T, int kTokens, int kRanks>
+inline void project_tile(Rows x, int64_t t, const float* m, int64_t features, int64_t r, int64_t rank, float scale,
+                         float* h) {
+  Vector sums[kTokens][kRanks] = {};
+  const T* rows[kTokens];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTokens; ++i) rows[i] = row_of<T>(x, t + i);
+  const auto add = [&](int64_t j, auto load_x, auto load_m) {
+    Vector values[kTokens];
+#pragma GCC unroll 8
+    for (int i = 0; i < kTokens; ++i) values[i] = load_x(rows[i] + j);
+#pragma GCC unroll 8
+    for (int k = 0; k < kRanks; ++k) {
+      const Vector weights = load_m(m + (r + k) * features + j);
+#pragma GCC unroll 8
+      for (int i = 0; i < kTokens; ++i) sums[i][k] += values[i] * weights;
+    }
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= features; j += kLanes) add(j, load_vector<T>, load_vector<float>);
+  if (const int64_t rest = features - j; rest > 0) {
+    add(
+        j, [rest](const T* from) { return load_some(from, rest); },
+        [rest](const float* from) { return load_some(from, rest); });
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTokens; ++i) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kRanks; ++k) h[(t + i) * rank + r + k] = scale * sum_of(sums[i][k]);
+  }
+}
+
+template <typename T, int kTokens, int kRanks>
+inline void project_ranks(Rows x, int64_t t, const float* m, int64_t features, int64_t rank, float scale, float* h) {
+  int64_t r = 0;
+  for (; r + kRanks <= rank; r += kRanks) project_tile<T, kTokens, kRanks>(x, t, m, features, r, rank, scale, h);
+  for (; r < rank; ++r) project_tile<T, kTokens, 1>(x, t, m, features, r, rank, scale, h);
+}
+
+// kTokens rows of y, kVectors vectors wide, in registers over all ranks.
+template <typename T, int kTokens, int kVectors>
+inline void expand_tile(const float* h, const float* m, int64_t features, int64_t rank, MutableRows y, int64_t t,
+                        int64_t j) {
+  Vector sums[kTokens][kVectors] = {};
+  for (int64_t r = 0; r < rank; ++r) {
+    Vector weights[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) weights[v] = load_vector(m + r * features + j + v * kLanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < kTokens; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[i][v] += weights[v] * h[(t + i) * rank + r];
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kTokens; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      T* to = row_of<T>(y, t + i) + j + v * kLanes;
+      store_vector(to, load_vector(to) + sums[i][v]);
+    }
+  }
+}
+
+template <typename T, int kTokens>
+inline void expand_columns(const float* h, const float* m, int64_t features, int64_t rank, MutableRows y, int64_t t) {
+  constexpr int kVectors = kLanes == 16 ? 4 : 2;  // as many sums as the registers hold
+  int64_t j = 0;
+  for (; j + kVectors * kLanes <= features; j += kVectors * kLanes) {
+    expand_tile<T, kTokens, kVectors>(h, m, features, rank, y, t, j);
+  }
+  for (; j + kLanes <= features; j += kLanes) expand_tile<T, kTokens, 1>(h, m, features, rank, y, t, j);
+  if (j == features) return;
+  for (int i = 0; i < kTokens; ++i) {
+    Vector sum = {};
+    for (int64_t r = 0; r < rank; ++r) {
+      sum += load_some(m + r * features + j, features - j) * h[(t + i) * rank + r];
+    }
+    T* to = row_of<T>(y, t + i) + j;
+    store_some(to, load_some(to, features - j) + sum, features - j);
+  }
+}
+
+// One vector of columns, kRanks rows of the result in registers over all tokens.
+template <typename T, int kRanks, typename Load, typename Store>
+inline void correlate_tile(const float* h, Rows x, int64_t tokens, int64_t rank, int64_t r, int64_t j, Load load,
+                           Store store) {
+  Vector totals[kRanks] = {};
+  for (int64_t first = 0; first < tokens; first += kPartialTokens) {
+    const int64_t last = first + kPartialTokens < tokens ? first + kPartialTokens : tokens;
+    Vector sums[kRanks] = {};
+    for (int64_t t = first; t < last; ++t) {
+      const Vector values = load(row_of<T>(x, t) + j);
+#pragma GCC unroll 16
+      for (int k = 0; k < kRanks; ++k) sums[k] += values * h[t * rank + r + k];
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < kRanks; ++k) totals[k] += sums[k];
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < kRanks; ++k) store(r + k, totals[k]);
+}
+
+template <typename T, typename Load, typename Store>
+inline void correlate_columns(const float* h, Rows x, int64_t tokens, int64_t rank, int64_t j, Load load, Store store) {
+  int64_t r = 0;
+  if constexpr (kLanes == 16) {  // 32 registers hold the sums of 16 ranks
+    for (; r + 16 <= rank; r += 16) correlate_tile<T, 16>(h, x, tokens, rank, r, j, load, store);
+  }
+  for (; r + 8 <= rank; r += 8) correlate_tile<T, 8>(h, x, tokens, rank, r, j, load, store);
+  for (; r + 2 <= rank; r += 2) correlate_tile<T, 2>(h, x, tokens, rank, r, j, load, store);
+  for (; r < rank; ++r) correlate_tile<T, 1>(h, x, tokens, rank, r, j, load, store);
+}
+
+void project(Scalar scalar, Rows x, const float* m, int64_t tokens, int64_t features, int64_t rank, float scale,
+             float* h) {
+  with_scalar(scalar, [&]<typename T>(T) {
+    int64_t t = 0;
+    constexpr int kRanks = kLanes == 16 ? 4 : 2;  // as many sums as the registers hold
+    for (; t + 4 <= tokens; t += 4) project_ranks<T, 4, kRanks>(x, t, m, features, rank, scale, h);
+    for (; t < tokens; ++t) project_ranks<T, 1, 8>(x, t, m, features, rank, scale, h);
+  });
+}
+
+void expand(Scalar scalar, const float* h, const float* m, int64_t tokens, int64_t features, int64_t rank,
+            MutableRows y) {
+  with_scalar(scalar, [&]<typename T>(T) {
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4) expand_columns<T, 4>(h, m, features, rank, y, t);
+    for (; t < tokens; ++t) expand_columns<T, 1>(h, m, features, rank, y, t);
+  });
+}
+
+void correlate(Scalar scalar, const float* h, Rows x, int64_t tokens, int64_t rank, int64_t first, int64_t last,
+               float* out, int64_t out_stride) {
+  with_scalar(scalar, [&]<typename T>(T) {
+    int64_t j = first;
+    for (; j + kLanes <= last; j += kLanes) {
+      correlate_columns<T>(h, x, tokens, rank, j, load_vector<T>,
+                           [&](int64_t r, Vector sum) { store_vector(out + r * out_stride + j, sum); });
+    }
+    if (const int64_t rest = last - j; rest > 0) {
+      correlate_columns<T>(
+          h, x, tokens, rank, j, [rest](const T* from) { return load_some(from, rest); },
+          [&](int64_t r, Vector sum) { store_some(out + r * out_stride + j, sum, rest); });
+    }
+  });
+}
+
+void transpose_matrix(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out,
+                      int64_t out_stride) {
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const int64_t height = rows - i < kLanes ? rows - i : kLanes;
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const int64_t width = columns - j < kLanes ? columns - j : kLanes;
+      Vector block[kLanes];
+      if (height == kLanes && width == kLanes) {
+#pragma GCC unroll 16
+        for (int64_t k = 0; k < kLanes; ++k) block[k] = load_vector(in + (i + k) * in_stride + j);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int64_t k = 0; k < kLanes; ++k) store_vector(out + (j + k) * out_stride + i, block[k]);
+        continue;
+      }
+      for (int64_t k = 0; k < kLanes; ++k)
+        block[k] = k < height ? load_some(in + (i + k) * in_stride + j, width) : Vector{};
+      transpose(block);
+      for (int64_t k = 0; k < width; ++k) store_some(out + (j + k) * out_stride + i, block[k], height);
+    }
+  }
+}
+
+}  // namespace
+
+const LoraLoops lora = {project, expand, correlate, transpose_matrix};
+
+}  // namespace fastpeft::FASTPEFT_ISA
