@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastpeft
+from fastpeft import reference
 from fastpeft.ops import fourierft
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -195,7 +196,7 @@ def test_fourier_operator_called_directly_checks_its_arguments(message: str, arg
     [
         ({"rows": torch.full((4,), 5, dtype=torch.int32)}, "rows must lie in"),
         ({"cols": torch.full((4,), -1, dtype=torch.int32)}, "cols must lie in"),
-        ({"grad": torch.zeros(3, 4)}, "offsets|sources"),
+        ({"grad": torch.zeros(3, 4)}, r"offsets|sources"),
         ({"x": torch.zeros(3, 7)}, "dx and x must have one shape"),
         ({"dx": torch.zeros(2, 6)}, "dx and x must have one shape"),
         ({"x": torch.zeros(3, 6).half()}, "dtype of grad"),
@@ -207,6 +208,188 @@ def test_fourier_gradient_called_directly_checks_its_arguments(change: dict, mes
     given = {"dx": dx, "grad": grad, "x": x, "spectrum": spectrum, "rows": tables.rows, "cols": tables.cols} | change
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastpeft.fourier_bwd_(*given.values(), *tables.backward, 1.0)
+
+
+# ---------------------------------------------------------------------- LoRA
+
+# in, out, rank, tokens
+LORAS = [
+    (48, 64, 4, 7),
+    (37, 11, 3, 21),  # nothing is a multiple of a vector
+    (256, 96, 16, 70),  # a rank that fills the registers, several tasks
+    (130, 1, 1, 5),
+    (1, 7, 9, 1),
+    (40, 24, 2, 0),  # no tokens
+]
+
+
+def lora_inputs(d_in: int, d_out: int, rank: int, tokens: int, dtype: torch.dtype = torch.float32):
+    """x, weight, bias, A, B and grad."""
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias, grad = (
+        torch.randn(*shape, generator=g).to(dtype)
+        for shape in ((tokens, d_in), (d_out, d_in), (d_out,), (tokens, d_out))
+    )
+    return x, weight, bias, torch.randn(rank, d_in, generator=g), torch.randn(d_out, rank, generator=g), grad
+
+
+@pytest.mark.parametrize("size", LORAS, ids=str)
+def test_lora_does_not_depend_on_the_number_of_threads(size: tuple[int, int, int, int]):
+    x, _, _, A, B, grad = lora_inputs(*size[:3], tokens=300)
+
+    def run():  # without the base product, whose sums are the library's
+        y, h = torch.ops.fastpeft.lora_fwd(x, None, None, A, B, 0.5)
+        return y, h, *torch.ops.fastpeft.lora_bwd(grad, x, None, A, B, h, 0.5, True)
+
+    assert_same_bits(with_threads(run))
+
+
+@pytest.mark.parametrize("size", LORAS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lora_opcheck(size: tuple[int, int, int, int], dtype: torch.dtype):
+    x, weight, bias, A, B, grad = lora_inputs(*size, dtype)
+    B_by_columns = B.T.contiguous().T  # as MoS gives it
+    for base, matrix in (((weight, bias), B), ((weight, None), B_by_columns), ((None, None), B)):
+        torch.library.opcheck(torch.ops.fastpeft.lora_fwd, (x, *base, A, matrix, 0.5))
+    h = torch.randn(len(x), len(A))
+    for matrix in (B, B_by_columns):
+        for given in ((x, weight, h, True), (x, None, None, False), (None, weight, h, True), (None, None, None, False)):
+            x_or_none, weight_or_none, h_or_none, need_x = given
+            arguments = (grad, x_or_none, weight_or_none, A, matrix, h_or_none, 0.5, need_x)
+            torch.library.opcheck(torch.ops.fastpeft.lora_bwd, arguments)
+
+
+def test_lora_takes_any_strides_of_its_matrices():
+    x, weight, bias, A, B, grad = lora_inputs(48, 40, 6, 9)
+    expected = torch.ops.fastpeft.lora_fwd(x, weight, bias, A, B, 0.5)
+    gradients = torch.ops.fastpeft.lora_bwd(grad, x, weight, A, B, expected[1], 0.5, True)
+    wide_A, wide_B = torch.full((12, 96), torch.nan), torch.full((80, 12), torch.nan)
+    wide_A[::2, ::2], wide_B[::2, ::2] = A, B
+    for matrices in ((wide_A[::2, ::2], wide_B[::2, ::2]), (A.T.contiguous().T, B.T.contiguous().T)):
+        found = torch.ops.fastpeft.lora_fwd(x, weight, bias, *matrices, 0.5)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        found = torch.ops.fastpeft.lora_bwd(grad, x, weight, *matrices, expected[1], 0.5, True)
+        assert all(torch.equal(a, b) for a, b in zip(found, gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(3, 7)}, "x has 7 features, lora_A 6"),
+        ({"x": torch.zeros(6)}, "x must have shape"),
+        ({"x": torch.zeros(3, 6, dtype=torch.float64)}, "x must be float32, bfloat16 or float16"),
+        ({"weight": torch.zeros(5, 7)}, "weight must have shape"),
+        ({"weight": torch.zeros(5, 6).half()}, "weight must have shape"),
+        ({"A": torch.zeros(3, 6)}, "lora_A has rank 3, lora_B 2"),
+        ({"A": torch.zeros(2, 6).half()}, "must be float32 matrices"),
+        ({"B": torch.zeros(5)}, "must be float32 matrices"),
+    ],
+    ids=str,
+)
+def test_lora_operator_called_directly_checks_its_arguments(change: dict, message: str):
+    x, weight, bias, A, B, _ = lora_inputs(6, 5, 2, 3)
+    given = {"x": x, "weight": weight, "bias": bias, "A": A, "B": B} | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastpeft.lora_fwd(*given.values(), 1.0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"grad": torch.zeros(3, 6)}, "grad has 6 features, lora_B 5"),
+        ({"x": torch.zeros(2, 6)}, "x must have shape"),
+        ({"h": torch.zeros(3, 3)}, "h must be float32 of shape"),
+        ({"h": torch.zeros(3, 2).half()}, "h must be float32 of shape"),
+    ],
+    ids=str,
+)
+def test_lora_gradient_called_directly_checks_its_arguments(change: dict, message: str):
+    x, weight, _, A, B, grad = lora_inputs(6, 5, 2, 3)
+    given = {"grad": grad, "x": x, "weight": weight, "A": A, "B": B, "h": torch.zeros(3, 2)} | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastpeft.lora_bwd(*given.values(), 1.0, True)
+
+
+# ---------------------------------------------------------------------- BOFT's layer
+
+
+def boft_inputs(d: int, b: int, m: int, dtype: torch.dtype = torch.float32, tokens: int = 37, out: int = 300):
+    """x, weight, bias, blocks, scale, grad."""
+    g = torch.Generator().manual_seed(1)
+    x, blocks, _ = butterfly_inputs(d, b, m, dtype, tokens)
+    weight, bias, grad = (torch.randn(*shape, generator=g).to(dtype) for shape in ((out, d), (out,), (tokens, out)))
+    return x, weight, bias, blocks, torch.randn(out, generator=g), grad
+
+
+@pytest.mark.parametrize("size", BUTTERFLIES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_boft_opcheck(size: tuple[int, int, int], dtype: torch.dtype):
+    x, weight, bias, blocks, scale, grad = boft_inputs(*size, dtype)
+    for keep in (True, False):
+        torch.library.opcheck(torch.ops.fastpeft.boft_fwd, (x, weight, bias if keep else None, blocks, scale, keep))
+    for y0, need_x, need_blocks in ((grad, True, True), (None, True, False), (None, False, True), (grad, False, False)):
+        arguments = (grad, x, weight, bias, blocks, scale, y0, need_x, need_blocks)
+        torch.library.opcheck(torch.ops.fastpeft.boft_bwd, arguments)
+
+
+@pytest.mark.parametrize("size", BUTTERFLIES[:3], ids=str)
+def test_boft_scale_does_not_depend_on_the_number_of_threads(size: tuple[int, int, int]):
+    x, weight, bias, blocks, scale, grad = boft_inputs(*size, tokens=200, out=700)
+    assert_same_bits(
+        with_threads(lambda: torch.ops.fastpeft.boft_bwd(grad, x, weight, bias, blocks, scale, grad, False, False)[2:])
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight": torch.zeros(5, 7)}, "weight must have shape"),
+        ({"bias": torch.zeros(4)}, "bias must be a contiguous vector of 5"),
+        ({"scale": torch.zeros(5, 1)}, "scale must be a contiguous float32 vector of 5"),
+        ({"scale": torch.zeros(5).double()}, "scale must be a contiguous float32 vector of 5"),
+    ],
+    ids=str,
+)
+def test_boft_operator_called_directly_checks_its_arguments(change: dict, message: str):
+    x, weight, bias, blocks, scale, grad = boft_inputs(8, 4, 1, tokens=3, out=5)
+    given = {"x": x, "weight": weight, "bias": bias, "blocks": blocks, "scale": scale} | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastpeft.boft_fwd(*given.values(), True)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastpeft.boft_bwd(grad, *given.values(), grad, True, True)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 2), (2, 17, 4), (1, 33, 8), (1, 3, 5), (1, 2, 32), (1, 1, 1), (1, 0, 4)], ids=str
+)
+def test_cayley_of_blocks(shape: tuple[int, int, int]):
+    """As exact as a library's solve, however far R is from zero."""
+    m, n, b = shape
+    R = 3 * torch.randn(m, n, b, b, generator=torch.Generator().manual_seed(b))
+    grad = torch.randn(m, n, b, b, generator=torch.Generator().manual_seed(7))
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = R.to(dtype).requires_grad_()
+        q = reference.boft.boft_blocks(leaf)
+        results.append((q.detach(), *torch.autograd.grad(q, leaf, grad.to(dtype))))
+    q = torch.ops.fastpeft.cayley_fwd(R)
+    found = (q, torch.ops.fastpeft.cayley_bwd(grad, q))
+    for mine, exact, plain in zip(found, *results, strict=True):
+        allowed = 2 * max(float((plain - exact).norm()), torch.finfo(torch.float32).eps * float(exact.norm()))
+        assert float((mine - exact).norm()) <= allowed
+    torch.library.opcheck(torch.ops.fastpeft.cayley_fwd, (R,))
+    torch.library.opcheck(torch.ops.fastpeft.cayley_bwd, (grad, q))
+    assert_same_bits(with_threads(lambda: (torch.ops.fastpeft.cayley_fwd(R), torch.ops.fastpeft.cayley_bwd(grad, q))))
+
+
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(2, 3, 3), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 3).half()], ids=str
+)
+def test_cayley_operators_check_their_arguments(bad: torch.Tensor):
+    with pytest.raises(RuntimeError, match="boft_R must be float32 of shape"):
+        torch.ops.fastpeft.cayley_fwd(bad)
+    with pytest.raises(RuntimeError, match=r"must be float32 of shape|must have the shape"):
+        torch.ops.fastpeft.cayley_bwd(torch.zeros(1, 2, 3, 3), bad)
 
 
 # ---------------------------------------------------------------------- every instruction set
@@ -223,9 +406,10 @@ def test_every_instruction_set(isa: str):
 import torch, fastpeft, test_ops as t, test_native as n
 assert fastpeft.backend.extension.isa == {isa!r}
 for case in t.CASES:
-    if case.name.startswith(("boft", "fourierft")):
-        for dtype in n.DTYPES if case.name in ("boft-b8m2", "fourierft-n200") else n.DTYPES[:1]:
-            t.check_against_formula(case, dtype)
+    for dtype in n.DTYPES if case.name in ("lora-r3", "boft-b8m2", "fourierft-n200") else n.DTYPES[:1]:
+        t.check_against_formula(case, dtype)
+for size in n.LORAS[:3]:
+    n.test_lora_opcheck(size, torch.bfloat16)
 for length in (1, 7, 64, 127, 131, 524, 1000):
     n.test_fourier_of_every_kind_of_length(length)
 """

@@ -1,4 +1,5 @@
-// The operators fastpeft::butterfly_fwd and butterfly_bwd on CPU tensors. Schemas and fakes: fastpeft/ops/boft.py.
+// The operators fastpeft::butterfly_fwd, butterfly_bwd, boft_fwd and boft_bwd on CPU tensors. Schemas and fakes:
+// fastpeft/ops/boft.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -125,10 +126,87 @@ std::tuple<Tensor, Tensor> butterfly_bwd(const Tensor& grad_any, const Tensor& x
   return {dx, dblocks};
 }
 
+struct Scale {
+  const float* s;
+  const void* bias;
+};
+
+Scale check_scale(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& scale) {
+  check_cpu(weight, "weight");
+  check_cpu(scale, "scale");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1) && weight.scalar_type() == x.scalar_type(),
+                  "boft: weight must have shape (out, ", x.size(1), ") and the dtype of x");
+  STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == weight.size(0) && scale.scalar_type() == ScalarType::Float &&
+                      scale.is_contiguous(),
+                  "boft: scale must be a contiguous float32 vector of ", weight.size(0), " entries");
+  if (bias) {
+    check_cpu(*bias, "bias");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == x.scalar_type() &&
+                        bias->is_contiguous(),
+                    "boft: bias must be a contiguous vector of ", weight.size(0), " entries in the dtype of x");
+  }
+  return {static_cast<const float*>(scale.const_data_ptr()), bias ? bias->const_data_ptr() : nullptr};
+}
+
+// y = (y0 - b) s + b with y0 = x R W^T + b. y0 is returned where it is kept, else without rows.
+std::tuple<Tensor, Tensor> boft_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                    const Tensor& blocks, const Tensor& scale, bool keep) {
+  const Tensor rotated = butterfly_fwd(x, blocks);
+  const Scale by = check_scale(x, weight, bias, scale);
+  const int64_t tokens = x.size(0), features = weight.size(0);
+  const Tensor y0 = base_product(rotated, weight, bias, features);
+  Tensor y = keep ? torch::stable::new_empty(y0, {tokens, features}) : y0;
+  const Scalar scalar = scalar_of(x, "x");
+  torch::stable::parallel_for(
+      0, tokens, 1 + kGrainWork / std::max<int64_t>(features, 1), [&](int64_t begin, int64_t end) {
+        loops().scale_fwd(scalar, end - begin, features, rows_from(y0, begin), by.bias, by.s, rows_into(y, begin));
+      });
+  return {y, keep ? y0 : torch::stable::new_empty(y0, {0, features})};
+}
+
+// Gradients of x, blocks and scale; the last if y0 is given. One that is not asked for comes back with no rows.
+std::tuple<Tensor, Tensor, Tensor> boft_bwd(const Tensor& grad_any, const Tensor& x, const Tensor& weight,
+                                            const std::optional<Tensor>& bias, const Tensor& blocks,
+                                            const Tensor& scale, const std::optional<Tensor>& y0_any, bool need_x,
+                                            bool need_blocks) {
+  check_shape(x, blocks);
+  const Scale by = check_scale(x, weight, bias, scale);
+  const int64_t tokens = x.size(0), features = weight.size(0);
+  for (const std::optional<Tensor>& same : {std::optional(grad_any), y0_any}) {
+    if (!same) continue;
+    check_cpu(*same, "grad and y0");
+    STD_TORCH_CHECK(same->dim() == 2 && same->size(0) == tokens && same->size(1) == features &&
+                        same->scalar_type() == x.scalar_type(),
+                    "boft: grad and y0 must have shape (", tokens, ", ", features, ") and the dtype of x");
+  }
+  const Tensor grad = with_contiguous_rows(grad_any);
+  const std::optional<Tensor> y0 = y0_any ? std::optional(with_contiguous_rows(*y0_any)) : std::nullopt;
+  const bool rotates = need_x || need_blocks;
+  Tensor dscale = torch::stable::new_zeros(scale, {y0 ? features : 0});
+  Tensor scaled = torch::stable::new_empty(grad, {rotates ? tokens : 0, features});
+  float* ds = y0 ? static_cast<float*>(dscale.mutable_data_ptr()) : nullptr;
+  const Scalar scalar = scalar_of(x, "x");
+  const int64_t tasks = (features + kScaleColumns - 1) / kScaleColumns;
+  const int64_t grain = 1 + kGrainWork / std::max<int64_t>(tokens * kScaleColumns, 1);
+  torch::stable::parallel_for(0, tokens ? tasks : 0, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kScaleColumns; first < std::min(end * kScaleColumns, features);
+         first += kScaleColumns) {
+      loops().scale_bwd(scalar, tokens, first, std::min(first + kScaleColumns, features), rows_from(grad, 0),
+                        y0 ? rows_from(*y0, 0) : Rows{}, by.bias, by.s, rotates ? rows_into(scaled, 0) : MutableRows{},
+                        ds);
+    }
+  });
+  const Tensor rotated = rotates ? base_gradient(scaled, weight, x.size(1)) : x;
+  const auto [dx, dblocks] = butterfly_bwd(rotated, x, blocks, need_x, need_blocks);
+  return {dx, dblocks, dscale};
+}
+
 }  // namespace
 }  // namespace fastpeft
 
 STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) {
   m.impl("butterfly_fwd", TORCH_BOX(&fastpeft::butterfly_fwd));
   m.impl("butterfly_bwd", TORCH_BOX(&fastpeft::butterfly_bwd));
+  m.impl("boft_fwd", TORCH_BOX(&fastpeft::boft_fwd));
+  m.impl("boft_bwd", TORCH_BOX(&fastpeft::boft_bwd));
 }

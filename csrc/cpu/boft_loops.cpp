@@ -10,6 +10,8 @@
 // row of a block is one vector, so a multiply-add handles b features at once; x and y cross memory once.
 #include "cpu/boft_loops.h"
 
+#include "cpu/simd.h"
+
 namespace fastpeft::FASTPEFT_ISA {
 namespace {
 
@@ -231,14 +233,7 @@ inline void dispatch(const ButterflyShape& shape, Call call) {
         return call.template operator()<T, 0>();
     }
   };
-  switch (shape.scalar) {
-    case Scalar::float32:
-      return with_block(float{});
-    case Scalar::bfloat16:
-      return with_block(BFloat16{});
-    case Scalar::float16:
-      return with_block(Float16{});
-  }
+  with_scalar(shape.scalar, with_block);
 }
 
 void fwd(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* x, int64_t x_stride,
@@ -256,8 +251,64 @@ void bwd(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, cons
   });
 }
 
+// Runs call(j, load, store) over columns [first, last) by whole vectors and what is left.
+template <typename T, typename Call>
+inline void for_each_vector(int64_t first, int64_t last, Call call) {
+  int64_t j = first;
+  for (; j + kLanes <= last; j += kLanes) {
+    call(j, [](const auto* from) { return load_vector(from); }, [](T* to, Vector value) { store_vector(to, value); });
+  }
+  if (const int64_t rest = last - j; rest > 0) {
+    call(
+        j, [rest](const auto* from) { return load_some(from, rest); },
+        [rest](T* to, Vector value) { store_some(to, value, rest); });
+  }
+}
+
+void scale_fwd(Scalar scalar, int64_t tokens, int64_t features, Rows y0, const void* bias, const float* s,
+               MutableRows y) {
+  with_scalar(scalar, [&]<typename T>(T) {
+    const T* b = static_cast<const T*>(bias);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const T* from = static_cast<const T*>(y0.data) + t * y0.stride;
+      T* to = static_cast<T*>(y.data) + t * y.stride;
+      for_each_vector<T>(0, features, [&](int64_t j, auto load, auto store) {
+        const Vector value = load(from + j);
+        const Vector product = b == nullptr ? value : value - load(b + j);
+        store(to + j, value + product * (load(s + j) - 1.0f));
+      });
+    }
+  });
+}
+
+void scale_bwd(Scalar scalar, int64_t tokens, int64_t first, int64_t last, Rows grad, Rows y0, const void* bias,
+               const float* s, MutableRows scaled, float* ds) {
+  constexpr int64_t kPartialTokens = 64;  // sums of partial sums lose fewer digits
+  with_scalar(scalar, [&]<typename T>(T) {
+    const T* b = static_cast<const T*>(bias);
+    Vector totals[kScaleColumns / kLanes + 1] = {};
+    for (int64_t chunk = 0; chunk < tokens; chunk += kPartialTokens) {
+      Vector sums[kScaleColumns / kLanes + 1] = {};
+      for (int64_t t = chunk; t < tokens && t < chunk + kPartialTokens; ++t) {
+        const T* g = static_cast<const T*>(grad.data) + t * grad.stride;
+        for_each_vector<T>(first, last, [&](int64_t j, auto load, auto store) {
+          const Vector value = load(g + j);
+          if (ds != nullptr) {
+            const Vector y = load(static_cast<const T*>(y0.data) + t * y0.stride + j);
+            sums[(j - first) / kLanes] += value * (b == nullptr ? y : y - load(b + j));
+          }
+          if (scaled.data != nullptr) store(static_cast<T*>(scaled.data) + t * scaled.stride + j, value * load(s + j));
+        });
+      }
+      for (int64_t i = 0; i <= (last - first) / kLanes; ++i) totals[i] += sums[i];
+    }
+    if (ds == nullptr) return;
+    for (int64_t j = first; j < last; ++j) ds[j] = totals[(j - first) / kLanes][(j - first) % kLanes];
+  });
+}
+
 }  // namespace
 
-const ButterflyLoops butterfly = {fwd, bwd};
+const ButterflyLoops butterfly = {fwd, bwd, scale_fwd, scale_bwd};
 
 }  // namespace fastpeft::FASTPEFT_ISA

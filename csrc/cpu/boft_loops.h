@@ -5,12 +5,14 @@
 
 #include "common/half.h"
 #include "cpu/isa.h"
+#include "cpu/rows.h"
 
 namespace fastpeft {
 
 // Tokens that one pass of the loops holds in scratch. Fixed, because the order in which block gradients are added
 // up depends on it and results must not depend on the number of threads.
 constexpr int64_t kButterflyTokens = 16;
+constexpr int64_t kScaleColumns = 256;
 
 struct ButterflyShape {
   int64_t features;  // d
@@ -46,6 +48,15 @@ struct ButterflyLoops {
               void* dx, int64_t dx_stride,      // [tokens, d]
               float* dblocks,                   // [m, d/b, b, b], zeros at the start
               float* scratch);
+
+  // y = y0 + (y0 - bias) (s - 1), which is (y0 - bias) s + bias and leaves y0 as it is, to the last bit, where s is 1.
+  // bias may be null. y may be y0.
+  void (*scale_fwd)(Scalar scalar, int64_t tokens, int64_t features, Rows y0, const void* bias, const float* s,
+                    MutableRows y);
+  // For columns [first, last), at most kScaleColumns: scaled = grad s (or null), ds[j] = sum_t grad (y0 - bias) (or
+  // null).
+  void (*scale_bwd)(Scalar scalar, int64_t tokens, int64_t first, int64_t last, Rows grad, Rows y0, const void* bias,
+                    const float* s, MutableRows scaled, float* ds);
 };
 
 #define FASTPEFT_DECLARE(isa)            \

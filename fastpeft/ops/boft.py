@@ -36,6 +36,47 @@ BUTTERFLY_BWD = Operator(
 )
 
 
+CAYLEY_FWD = Operator(
+    "cayley_fwd(Tensor boft_R) -> Tensor",
+    fake=torch.empty_like,
+    order=("native", "torch"),
+    dtypes=(torch.float32,),
+)
+
+CAYLEY_BWD = Operator(
+    "cayley_bwd(Tensor grad, Tensor blocks) -> Tensor",
+    fake=lambda grad, blocks: torch.empty_like(blocks),
+    order=("native", "torch"),
+    dtypes=(torch.float32,),
+)
+
+
+def _boft_fwd_fake(x, weight, bias, blocks, scale, keep):
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, y.new_empty(y.shape[0] if keep else 0, y.shape[1])
+
+
+# The whole layer: y, and y before it was scaled where that is kept for the gradient of the scale.
+BOFT_FWD = Operator(
+    "boft_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor blocks, Tensor scale, bool keep) -> (Tensor, Tensor)",
+    fake=_boft_fwd_fake,
+    order=("native", "torch"),
+)
+
+
+def _boft_bwd_fake(grad, x, weight, bias, blocks, scale, y0, need_x, need_blocks):
+    return *_butterfly_bwd_fake(grad, x, blocks, need_x, need_blocks), scale.new_empty(0 if y0 is None else len(scale))
+
+
+# Gradients of x, blocks and scale; the last where y0 is given.
+BOFT_BWD = Operator(
+    "boft_bwd(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor blocks, Tensor scale, Tensor? y0, bool need_x,"
+    " bool need_blocks) -> (Tensor, Tensor, Tensor)",
+    fake=_boft_bwd_fake,
+    order=("native", "torch"),
+)
+
+
 class CayleyFunction(torch.autograd.Function):
     """With M = (I + S)⁻¹ = ½ (Q + I): Q = 2 M − I, so dQ = −2 M dS M and ∂L/∂S = −2 Mᵀ G Mᵀ = −½ (Q + I)ᵀ G (Q + I)ᵀ.
 
@@ -80,11 +121,28 @@ def cayley(
         return CayleyFunction.apply(wide).to(skew.dtype)
 
 
+class BlocksFunction(torch.autograd.Function):
+    """The compiled Cayley transform of boft_R, which takes its skew part by itself."""
+
+    @staticmethod
+    def forward(ctx, boft_R):
+        q = CAYLEY_FWD.call("native", boft_R)
+        ctx.save_for_backward(q)
+        return q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return CAYLEY_BWD.call("native", grad, *ctx.saved_tensors)
+
+
 def boft_blocks(
     boft_R: Tensor,  # (m, d / b, b, b)
 ) -> Tensor:  # (m, d / b, b, b), float32 or wider
     """The orthogonal blocks Q of the trained ones: Cayley of S = ½ (R − Rᵀ)."""
     wide = boft_R.to(torch.promote_types(boft_R.dtype, torch.float32))
+    if CAYLEY_FWD.choose(wide) == "native":
+        return BlocksFunction.apply(wide)
     return cayley((wide - wide.mT) / 2)
 
 
@@ -257,6 +315,33 @@ def scale_rows(y: Tensor, boft_s: Tensor, bias: Tensor | None) -> Tensor:
     return torch.addcmul(wide, wide - bias, scale - 1).to(y.dtype)
 
 
+def _scale_of(boft_s: Tensor) -> Tensor:
+    return boft_s.reshape(-1).float().contiguous()
+
+
+class RotatedFunction(torch.autograd.Function):
+    """The whole layer in one compiled operator each way. Keeps x, and y before it was scaled if s is trained."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, blocks, boft_s):
+        need_s = ctx.needs_input_grad[4]
+        scale = _scale_of(boft_s)
+        y, y0 = BOFT_FWD.call("native", x, weight, bias, blocks, scale, need_s)
+        ctx.save_for_backward(x, weight, bias, blocks, boft_s, y0 if need_s else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        need_x, _, _, need_blocks, _ = ctx.needs_input_grad
+        x, weight, bias, blocks, boft_s, y0 = ctx.saved_tensors
+        scale = _scale_of(boft_s)
+        with base.without_autocast(grad):
+            dx, dblocks, ds = BOFT_BWD.call("native", grad, x, weight, bias, blocks, scale, y0, need_x, need_blocks)
+        ds = None if y0 is None else ds.reshape(boft_s.shape).to(boft_s.dtype)
+        return dx if need_x else None, None, None, dblocks if need_blocks else None, ds
+
+
 def rotated_linear(
     x: Tensor,  # (..., in)
     weight: Tensor,  # (out, in)
@@ -265,7 +350,18 @@ def rotated_linear(
     boft_s: Tensor,  # (out, 1)
 ) -> Tensor:  # (..., out)
     """y = ((x R) Wᵀ) ⊙ s + b from orthogonal blocks that are at hand."""
-    return scale_rows(F.linear(apply_butterfly(x, blocks), weight, bias), boft_s, bias)
+    if blocks.device != x.device:
+        raise ValueError(f"x must be on the adapter's device, {blocks.device}, got {x.device}")
+    wanted = BOFT_FWD.choose(x) == "native" and blocks.dtype == torch.float32 and boft_s.dtype != torch.float64
+    if not wanted or not base.is_frozen(weight, bias):
+        return scale_rows(F.linear(apply_butterfly(x, blocks), weight, bias), boft_s, bias)
+    x, weight, bias = base.cast_for_autocast(x, weight, bias)
+    rows = base.as_rows(x)
+    with base.without_autocast(x):
+        if base.needs_autograd(x, blocks, boft_s):
+            return base.like_rows(RotatedFunction.apply(rows, weight, bias, blocks, boft_s), x)
+        y, _ = BOFT_FWD.call("native", rows, weight, bias, blocks, _scale_of(boft_s), False)
+        return base.like_rows(y, x)
 
 
 def boft_linear(
