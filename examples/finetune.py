@@ -67,7 +67,7 @@ METHODS = {
     "lora": Method("LoRA", lr=3e-3),
     "mos": Method("MoS", lr=4e-3, in_peft=False),
     "boft": Method("BOFT", lr=2e-3),
-    "fourierft": Method("FourierFT", lr=1e-1),
+    "fourierft": Method("FourierFT", lr=1.3e-1),
 }
 
 

@@ -133,6 +133,7 @@ class Operator:
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
     name: str = field(init=False)
     _chosen: dict[tuple[torch.dtype, str], str] = field(init=False, default_factory=dict)
+    _overloads: dict[str, Callable] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.name = self.schema.partition("(")[0]
@@ -140,6 +141,8 @@ class Operator:
             if lane in self.order:
                 _LIBRARIES[lane].define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
                 torch.library.register_fake(f"{_LIBRARIES[lane].ns}::{self.name}", self.fake, lib=_LIBRARIES[lane])
+                # Looked up once: by name it takes as long as a small kernel.
+                self._overloads[lane] = getattr(getattr(torch.ops, _LIBRARIES[lane].ns), self.name).default
         OPERATORS[self.name] = self
 
     def implement_triton(self, launcher: Callable) -> None:
@@ -175,7 +178,7 @@ class Operator:
 
     def call(self, backend: str, *args):
         """Calls the operator in one of the compiled lanes."""
-        return getattr(getattr(torch.ops, _LIBRARIES[backend].ns), self.name)(*args)
+        return self._overloads[backend](*args)
 
 
 OPERATORS: dict[str, Operator] = {}

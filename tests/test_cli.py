@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import METHODS, Method, adapted, check, every_method, randn
+from helpers import Method, adapted, check, every_method, randn
 
 import fastpeft
 from fastpeft import backend, functional

@@ -310,6 +310,80 @@ def test_lora_gradient_called_directly_checks_its_arguments(change: dict, messag
         torch.ops.fastpeft.lora_bwd(*given.values(), 1.0, True)
 
 
+# ---------------------------------------------------------------------- MoS
+
+# in, out, rank, shards of a vector, shards of a pool, tokens
+MOSES = [
+    (48, 64, 4, 2, 9, 7),
+    (35, 21, 3, 7, 5, 33),  # shards of 5 and 3 numbers, drawn several times
+    (400, 96, 16, 4, 64, 70),  # shards of more than one task
+    (6, 5, 2, 1, 2, 0),  # no tokens
+]
+
+
+def mos_inputs(d_in: int, d_out: int, rank: int, l: int, n: int, tokens: int, dtype: torch.dtype = torch.float32):  # noqa: E741
+    """x, weight, bias, then the pools with their indices, grad, h."""
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias, grad = (
+        torch.randn(*shape, generator=g).to(dtype)
+        for shape in ((tokens, d_in), (d_out, d_in), (d_out,), (tokens, d_out))
+    )
+    index_A, index_B = (torch.randint(n, (rank, l), generator=g) for _ in range(2))
+    pool_A, pool_B = torch.randn(n, d_in // l, generator=g), torch.randn(n, d_out // l, generator=g)
+    return x, weight, bias, (pool_A, index_A, pool_B, index_B), grad, torch.randn(tokens, rank, generator=g)
+
+
+@pytest.mark.parametrize("size", MOSES, ids=str)
+def test_mos_does_not_depend_on_the_number_of_threads(size: tuple[int, ...]):
+    x, _, _, pools, grad, h = mos_inputs(*size[:5], tokens=300)
+
+    def run():  # without the base product, whose sums are the library's
+        gradients = torch.zeros_like(pools[0]), torch.zeros_like(pools[2])
+        dx = torch.ops.fastpeft.mos_bwd_(*gradients, grad, x, None, *pools, h, 0.5, True)
+        return *torch.ops.fastpeft.mos_fwd(x, None, None, *pools, 0.5), dx, *gradients
+
+    assert_same_bits(with_threads(run))
+
+
+@pytest.mark.parametrize("size", MOSES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mos_opcheck(size: tuple[int, ...], dtype: torch.dtype):
+    x, weight, bias, pools, grad, h = mos_inputs(*size, dtype)
+    dA, dB = torch.ones_like(pools[0]), torch.ones_like(pools[2])
+    for base in ((weight, bias), (None, None)):
+        torch.library.opcheck(torch.ops.fastpeft.mos_fwd, (x, *base, *pools, 0.5))
+    for gradients, given in (((dA, dB), (x, h)), ((None, dB), (None, h)), ((dA, None), (x, None)), ((None, None),) * 2):
+        arguments = (*gradients, grad, given[0], weight, *pools, given[1], 0.5, True)
+        torch.library.opcheck(torch.ops.fastpeft.mos_bwd_, arguments)
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (0, torch.zeros(4, 3), "x must have shape"),
+        (0, torch.zeros(3, 6), "index_A must lie in"),
+        (1, torch.full((2, 2), 4), "index_A must lie in"),
+        (1, torch.full((2, 2), -1), "index_A must lie in"),
+        (1, torch.zeros(2, 2, dtype=torch.int32), "index_A must be a contiguous int64 matrix"),
+        (2, torch.zeros(4, 5).half(), "pool_B must be a contiguous float32 matrix"),
+        (2, torch.zeros(5, 4).T, "pool_B must be a contiguous float32 matrix"),
+        (3, torch.zeros(3, 2, dtype=torch.int64), "one shape"),
+    ],
+    ids=str,
+)
+def test_mos_operators_check_their_arguments(place: int, value: torch.Tensor, message: str):
+    x, weight, bias, pools, grad, h = mos_inputs(12, 10, 2, 2, 4, 3)
+    pools[1].fill_(3)
+    changed = [*pools]
+    changed[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastpeft.mos_fwd(x, weight, bias, *changed, 1.0)
+    with pytest.raises(RuntimeError, match=f"{message}|grad must have shape"):
+        torch.ops.fastpeft.mos_bwd_(None, None, grad, None, weight, *changed, None, 1.0, True)
+    with pytest.raises(RuntimeError, match="dpool_A goes with x"):
+        torch.ops.fastpeft.mos_bwd_(pools[0], None, grad, None, weight, *pools, h, 1.0, True)
+
+
 # ---------------------------------------------------------------------- BOFT's layer
 
 

@@ -25,150 +25,156 @@ inline T* row_of(MutableRows y, int64_t t) {
 
 // kTokens x kRanks dot products along the features.
 template <typename T, int kTokens, int kRanks>
-inline void project_tile(Rows x, int64_t t, const float* m, int64_t features, int64_t r, int64_t rank, float scale,
-                         float* h) {
+inline void project_tile(Rows x, int64_t t, const Shards& m, int64_t r, float scale, float* h) {
   Vector sums[kTokens][kRanks] = {};
-  const T* rows[kTokens];
+  for (int64_t k = 0; k < m.per_row; ++k) {
+    const T* rows[kTokens];
 #pragma GCC unroll 8
-  for (int i = 0; i < kTokens; ++i) rows[i] = row_of<T>(x, t + i);
-  const auto add = [&](int64_t j, auto load_x, auto load_m) {
-    Vector values[kTokens];
+    for (int i = 0; i < kTokens; ++i) rows[i] = row_of<T>(x, t + i) + k * m.width;
+    const float* weights[kRanks];
 #pragma GCC unroll 8
-    for (int i = 0; i < kTokens; ++i) values[i] = load_x(rows[i] + j);
+    for (int i = 0; i < kRanks; ++i) weights[i] = m.shards[(r + i) * m.per_row + k];
+    const auto add = [&](int64_t j, auto load) {
+      Vector values[kTokens];
 #pragma GCC unroll 8
-    for (int k = 0; k < kRanks; ++k) {
-      const Vector weights = load_m(m + (r + k) * features + j);
+      for (int i = 0; i < kTokens; ++i) values[i] = load(rows[i] + j);
 #pragma GCC unroll 8
-      for (int i = 0; i < kTokens; ++i) sums[i][k] += values[i] * weights;
-    }
-  };
-  int64_t j = 0;
-  for (; j + kLanes <= features; j += kLanes) add(j, load_vector<T>, load_vector<float>);
-  if (const int64_t rest = features - j; rest > 0) {
-    add(
-        j, [rest](const T* from) { return load_some(from, rest); },
-        [rest](const float* from) { return load_some(from, rest); });
+      for (int n = 0; n < kRanks; ++n) {
+        const Vector weight = load(weights[n] + j);
+#pragma GCC unroll 8
+        for (int i = 0; i < kTokens; ++i) sums[i][n] += values[i] * weight;
+      }
+    };
+    int64_t j = 0;
+    for (; j + kLanes <= m.width; j += kLanes) add(j, [](const auto* from) { return load_vector(from); });
+    if (const int64_t rest = m.width - j; rest > 0) add(j, [rest](const auto* from) { return load_some(from, rest); });
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kTokens; ++i) {
 #pragma GCC unroll 8
-    for (int k = 0; k < kRanks; ++k) h[(t + i) * rank + r + k] = scale * sum_of(sums[i][k]);
+    for (int n = 0; n < kRanks; ++n) h[(t + i) * m.rank + r + n] = scale * sum_of(sums[i][n]);
   }
 }
 
 template <typename T, int kTokens, int kRanks>
-inline void project_ranks(Rows x, int64_t t, const float* m, int64_t features, int64_t rank, float scale, float* h) {
+inline void project_ranks(Rows x, int64_t t, const Shards& m, float scale, float* h) {
   int64_t r = 0;
-  for (; r + kRanks <= rank; r += kRanks) project_tile<T, kTokens, kRanks>(x, t, m, features, r, rank, scale, h);
-  for (; r < rank; ++r) project_tile<T, kTokens, 1>(x, t, m, features, r, rank, scale, h);
+  for (; r + kRanks <= m.rank; r += kRanks) project_tile<T, kTokens, kRanks>(x, t, m, r, scale, h);
+  for (; r < m.rank; ++r) project_tile<T, kTokens, 1>(x, t, m, r, scale, h);
 }
 
-// kTokens rows of y, kVectors vectors wide, in registers over all ranks.
-template <typename T, int kTokens, int kVectors>
-inline void expand_tile(const float* h, const float* m, int64_t features, int64_t rank, MutableRows y, int64_t t,
-                        int64_t j) {
+// kTokens rows of y, kVectors vectors wide, in registers over all ranks; from column j of shard k on.
+template <typename T, int kTokens, int kVectors, typename Load, typename Store>
+inline void expand_tile(const float* h, const Shards& m, MutableRows y, int64_t t, int64_t k, int64_t j, Load load,
+                        Store store) {
   Vector sums[kTokens][kVectors] = {};
-  for (int64_t r = 0; r < rank; ++r) {
+  for (int64_t r = 0; r < m.rank; ++r) {
+    const float* shard = m.shards[r * m.per_row + k] + j;
     Vector weights[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) weights[v] = load_vector(m + r * features + j + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) weights[v] = load(shard + v * kLanes);
 #pragma GCC unroll 4
     for (int i = 0; i < kTokens; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[i][v] += weights[v] * h[(t + i) * rank + r];
+      for (int v = 0; v < kVectors; ++v) sums[i][v] += weights[v] * h[(t + i) * m.rank + r];
     }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kTokens; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      T* to = row_of<T>(y, t + i) + j + v * kLanes;
-      store_vector(to, load_vector(to) + sums[i][v]);
+      T* to = row_of<T>(y, t + i) + k * m.width + j + v * kLanes;
+      store(to, load(to) + sums[i][v]);
     }
   }
 }
 
 template <typename T, int kTokens>
-inline void expand_columns(const float* h, const float* m, int64_t features, int64_t rank, MutableRows y, int64_t t) {
+inline void expand_columns(const float* h, const Shards& m, MutableRows y, int64_t t) {
   constexpr int kVectors = kLanes == 16 ? 4 : 2;  // as many sums as the registers hold
-  int64_t j = 0;
-  for (; j + kVectors * kLanes <= features; j += kVectors * kLanes) {
-    expand_tile<T, kTokens, kVectors>(h, m, features, rank, y, t, j);
-  }
-  for (; j + kLanes <= features; j += kLanes) expand_tile<T, kTokens, 1>(h, m, features, rank, y, t, j);
-  if (j == features) return;
-  for (int i = 0; i < kTokens; ++i) {
-    Vector sum = {};
-    for (int64_t r = 0; r < rank; ++r) {
-      sum += load_some(m + r * features + j, features - j) * h[(t + i) * rank + r];
+  const auto load = [](const auto* from) { return load_vector(from); };
+  const auto store = [](T* to, Vector value) { store_vector(to, value); };
+  for (int64_t k = 0; k < m.per_row; ++k) {
+    int64_t j = 0;
+    for (; j + kVectors * kLanes <= m.width; j += kVectors * kLanes) {
+      expand_tile<T, kTokens, kVectors>(h, m, y, t, k, j, load, store);
     }
-    T* to = row_of<T>(y, t + i) + j;
-    store_some(to, load_some(to, features - j) + sum, features - j);
+    for (; j + kLanes <= m.width; j += kLanes) expand_tile<T, kTokens, 1>(h, m, y, t, k, j, load, store);
+    if (const int64_t rest = m.width - j; rest > 0) {
+      expand_tile<T, kTokens, 1>(
+          h, m, y, t, k, j, [rest](const auto* from) { return load_some(from, rest); },
+          [rest](T* to, Vector value) { store_some(to, value, rest); });
+    }
   }
 }
 
 // One vector of columns, kRanks rows of the result in registers over all tokens.
 template <typename T, int kRanks, typename Load, typename Store>
-inline void correlate_tile(const float* h, Rows x, int64_t tokens, int64_t rank, int64_t r, int64_t j, Load load,
-                           Store store) {
+inline void correlate_tile(const float* h, Rows x, int64_t tokens, float scale, const Shards& m, int64_t r, int64_t k,
+                           int64_t j, Load load, Store store) {
   Vector totals[kRanks] = {};
   for (int64_t first = 0; first < tokens; first += kPartialTokens) {
     const int64_t last = first + kPartialTokens < tokens ? first + kPartialTokens : tokens;
     Vector sums[kRanks] = {};
     for (int64_t t = first; t < last; ++t) {
-      const Vector values = load(row_of<T>(x, t) + j);
+      const Vector values = load(row_of<T>(x, t) + k * m.width + j);
 #pragma GCC unroll 16
-      for (int k = 0; k < kRanks; ++k) sums[k] += values * h[t * rank + r + k];
+      for (int n = 0; n < kRanks; ++n) sums[n] += values * h[t * m.rank + r + n];
     }
 #pragma GCC unroll 16
-    for (int k = 0; k < kRanks; ++k) totals[k] += sums[k];
+    for (int n = 0; n < kRanks; ++n) totals[n] += sums[n];
   }
 #pragma GCC unroll 16
-  for (int k = 0; k < kRanks; ++k) store(r + k, totals[k]);
+  for (int n = 0; n < kRanks; ++n) {
+    float* to = const_cast<float*>(m.shards[(r + n) * m.per_row + k]) + j;
+    store(to, load(to) + scale * totals[n]);
+  }
 }
 
 template <typename T, typename Load, typename Store>
-inline void correlate_columns(const float* h, Rows x, int64_t tokens, int64_t rank, int64_t j, Load load, Store store) {
+inline void correlate_ranks(const float* h, Rows x, int64_t tokens, float scale, const Shards& m, int64_t k, int64_t j,
+                            Load load, Store store) {
   int64_t r = 0;
   if constexpr (kLanes == 16) {  // 32 registers hold the sums of 16 ranks
-    for (; r + 16 <= rank; r += 16) correlate_tile<T, 16>(h, x, tokens, rank, r, j, load, store);
+    for (; r + 16 <= m.rank; r += 16) correlate_tile<T, 16>(h, x, tokens, scale, m, r, k, j, load, store);
   }
-  for (; r + 8 <= rank; r += 8) correlate_tile<T, 8>(h, x, tokens, rank, r, j, load, store);
-  for (; r + 2 <= rank; r += 2) correlate_tile<T, 2>(h, x, tokens, rank, r, j, load, store);
-  for (; r < rank; ++r) correlate_tile<T, 1>(h, x, tokens, rank, r, j, load, store);
+  for (; r + 8 <= m.rank; r += 8) correlate_tile<T, 8>(h, x, tokens, scale, m, r, k, j, load, store);
+  for (; r + 2 <= m.rank; r += 2) correlate_tile<T, 2>(h, x, tokens, scale, m, r, k, j, load, store);
+  for (; r < m.rank; ++r) correlate_tile<T, 1>(h, x, tokens, scale, m, r, k, j, load, store);
 }
 
-void project(Scalar scalar, Rows x, const float* m, int64_t tokens, int64_t features, int64_t rank, float scale,
-             float* h) {
+void project(Scalar scalar, Rows x, const Shards& m, int64_t tokens, float scale, float* h) {
   with_scalar(scalar, [&]<typename T>(T) {
-    int64_t t = 0;
     constexpr int kRanks = kLanes == 16 ? 4 : 2;  // as many sums as the registers hold
-    for (; t + 4 <= tokens; t += 4) project_ranks<T, 4, kRanks>(x, t, m, features, rank, scale, h);
-    for (; t < tokens; ++t) project_ranks<T, 1, 8>(x, t, m, features, rank, scale, h);
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4) project_ranks<T, 4, kRanks>(x, t, m, scale, h);
+    for (; t < tokens; ++t) project_ranks<T, 1, 8>(x, t, m, scale, h);
   });
 }
 
-void expand(Scalar scalar, const float* h, const float* m, int64_t tokens, int64_t features, int64_t rank,
-            MutableRows y) {
+void expand(Scalar scalar, const float* h, const Shards& m, int64_t tokens, MutableRows y) {
   with_scalar(scalar, [&]<typename T>(T) {
     int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) expand_columns<T, 4>(h, m, features, rank, y, t);
-    for (; t < tokens; ++t) expand_columns<T, 1>(h, m, features, rank, y, t);
+    for (; t + 4 <= tokens; t += 4) expand_columns<T, 4>(h, m, y, t);
+    for (; t < tokens; ++t) expand_columns<T, 1>(h, m, y, t);
   });
 }
 
-void correlate(Scalar scalar, const float* h, Rows x, int64_t tokens, int64_t rank, int64_t first, int64_t last,
-               float* out, int64_t out_stride) {
+void correlate(Scalar scalar, const float* h, Rows x, int64_t tokens, float scale, const Shards& m, int64_t first,
+               int64_t last) {
   with_scalar(scalar, [&]<typename T>(T) {
-    int64_t j = first;
-    for (; j + kLanes <= last; j += kLanes) {
-      correlate_columns<T>(h, x, tokens, rank, j, load_vector<T>,
-                           [&](int64_t r, Vector sum) { store_vector(out + r * out_stride + j, sum); });
-    }
-    if (const int64_t rest = last - j; rest > 0) {
-      correlate_columns<T>(
-          h, x, tokens, rank, j, [rest](const T* from) { return load_some(from, rest); },
-          [&](int64_t r, Vector sum) { store_some(out + r * out_stride + j, sum, rest); });
+    for (int64_t k = 0; k < m.per_row; ++k) {
+      int64_t j = first;
+      for (; j + kLanes <= last; j += kLanes) {
+        correlate_ranks<T>(
+            h, x, tokens, scale, m, k, j, [](const auto* from) { return load_vector(from); },
+            [](float* to, Vector value) { store_vector(to, value); });
+      }
+      if (const int64_t rest = last - j; rest > 0) {
+        correlate_ranks<T>(
+            h, x, tokens, scale, m, k, j, [rest](const auto* from) { return load_some(from, rest); },
+            [rest](float* to, Vector value) { store_some(to, value, rest); });
+      }
     }
   });
 }

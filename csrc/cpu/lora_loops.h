@@ -1,4 +1,4 @@
-// LoRA's loops on raw pointers, compiled per instruction set (see cpu/isa.h): three products with a short side r.
+// LoRA's and MoS's loops on raw pointers, compiled per instruction set (see cpu/isa.h): products with a short side r.
 #pragma once
 
 #include <stdint.h>
@@ -9,19 +9,26 @@
 
 namespace fastpeft {
 
-// Adapter matrices are float32 rows side by side, [rank, features]: A, and B transposed.
+// A matrix of `rank` rows, A or B transposed, whose row r is the shards[r * per_row + k] side by side, `width` floats
+// each. LoRA's rows are one shard.
+struct Shards {
+  const float* const* shards;
+  int64_t rank, per_row, width;
+
+  int64_t features() const { return per_row * width; }
+};
+
 struct LoraLoops {
   // h[t, r] = scale * sum_j x[t, j] m[r, j]
-  void (*project)(Scalar scalar, Rows x, const float* m, int64_t tokens, int64_t features, int64_t rank, float scale,
-                  float* h);  // [tokens, rank]
+  void (*project)(Scalar scalar, Rows x, const Shards& m, int64_t tokens, float scale, float* h);  // h: [tokens, rank]
 
   // y[t, j] += sum_r h[t, r] m[r, j]
-  void (*expand)(Scalar scalar, const float* h, const float* m, int64_t tokens, int64_t features, int64_t rank,
-                 MutableRows y);
+  void (*expand)(Scalar scalar, const float* h, const Shards& m, int64_t tokens, MutableRows y);
 
-  // out[r, j] = sum_t h[t, r] x[t, j] for j in [first, last)
-  void (*correlate)(Scalar scalar, const float* h, Rows x, int64_t tokens, int64_t rank, int64_t first, int64_t last,
-                    float* out, int64_t out_stride);
+  // m[r, j] += scale * sum_t h[t, r] x[t, j], m's floats being writable, for the columns [first, last) of every shard:
+  // a shard may stand in several places, but no two such ranges meet.
+  void (*correlate)(Scalar scalar, const float* h, Rows x, int64_t tokens, float scale, const Shards& m, int64_t first,
+                    int64_t last);
 
   // out[j, i] = in[i, j]
   void (*transpose)(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out, int64_t out_stride);

@@ -102,4 +102,4 @@ def make_dropout(p: float) -> nn.Module:
 
 
 def dropout_active(dropout: nn.Module) -> bool:
-    return dropout.training and isinstance(dropout, nn.Dropout)
+    return isinstance(dropout, nn.Dropout) and dropout.training

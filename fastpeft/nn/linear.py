@@ -50,7 +50,11 @@ class Adapted(nn.Module):
         if self._merged or not self.active:
             return super().forward(input, *args, **kwargs)
         adapters = [self.adapter(name) for name in self.active]
-        plain = self._base_is_linear and type(weight := self.weight) in (nn.Parameter, Tensor)
+        # Parameters are looked up in their own dictionary, which attribute access comes to last; replicas, as
+        # nn.DataParallel makes them, keep theirs as attributes.
+        weight = self._parameters.get("weight")
+        weight = self.weight if weight is None else weight
+        plain = self._base_is_linear and type(weight) in (nn.Parameter, Tensor)
         check_input(input, adapters[0].in_features, weight if plain else None)
         if plain and len(adapters) == 1:
             return adapters[0].linear(input, weight, self.bias, *args, **kwargs)
@@ -68,7 +72,7 @@ class Adapted(nn.Module):
         return y
 
     def adapter(self, name: str) -> Adapter:
-        return self.adapters[name]  # type: ignore[return-value]
+        return self._modules["adapters"]._modules[name]  # type: ignore[return-value, union-attr]
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         self.adapters[name] = adapter

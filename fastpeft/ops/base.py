@@ -8,6 +8,7 @@ matrix, are put together.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -79,14 +80,17 @@ def autocast_enabled(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
-def cast_for_autocast(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Casts as autocast does for a linear layer, differentiably."""
-    dtype = autocast_dtype(x)
-    if dtype is None:
-        return x, weight, bias
-    return x.to(dtype), None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+def through_autocast(run: Callable, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest):
+    """run(x, weight, bias, *rest) on what autocast gives a linear layer, cast differentiably, and with autocast off:
+    inside an operator dtypes are chosen by hand.
+    """
+    if not autocast_enabled(x):
+        return run(x, weight, bias, *rest)
+    if dtype := autocast_dtype(x):
+        x = x.to(dtype)
+        weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (weight, bias))
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x, weight, bias, *rest)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
@@ -112,7 +116,11 @@ def like_rows(y: Tensor, x: Tensor) -> Tensor:
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def dense_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, delta: Tensor) -> Tensor:

@@ -355,13 +355,16 @@ def rotated_linear(
     wanted = BOFT_FWD.choose(x) == "native" and blocks.dtype == torch.float32 and boft_s.dtype != torch.float64
     if not wanted or not base.is_frozen(weight, bias):
         return scale_rows(F.linear(apply_butterfly(x, blocks), weight, bias), boft_s, bias)
-    x, weight, bias = base.cast_for_autocast(x, weight, bias)
+    return base.through_autocast(_rotated_linear, x, weight, bias, blocks, boft_s)
+
+
+def _rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, boft_s: Tensor) -> Tensor:
     rows = base.as_rows(x)
-    with base.without_autocast(x):
-        if base.needs_autograd(x, blocks, boft_s):
-            return base.like_rows(RotatedFunction.apply(rows, weight, bias, blocks, boft_s), x)
+    if base.needs_autograd(x, blocks, boft_s):
+        y = RotatedFunction.apply(rows, weight, bias, blocks, boft_s)
+    else:
         y, _ = BOFT_FWD.call("native", rows, weight, bias, blocks, _scale_of(boft_s), False)
-        return base.like_rows(y, x)
+    return base.like_rows(y, x)
 
 
 def boft_linear(

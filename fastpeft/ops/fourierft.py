@@ -266,8 +266,7 @@ class FourierFunction(torch.autograd.Function):
         need_x, need_spectrum = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         ctx.save_for_backward(x if need_spectrum else None, weight if need_x else None, spectrum)
         ctx.tables, ctx.shape, ctx.scaling = tables, shape, scaling
-        with base.without_autocast(x):
-            return fourier_fwd(x, weight, bias, spectrum, tables, shape, scaling)
+        return fourier_fwd(x, weight, bias, spectrum, tables, shape, scaling)
 
     @staticmethod
     @once_differentiable
@@ -340,15 +339,23 @@ def apply_fourier(
         assert weight is not None
         delta = apply_fourier(x, None, None, spectrum, tables, shape, scaling)
         return F.linear(x, weight, bias) + delta
-    x, weight, bias = base.cast_for_autocast(x, weight, bias)
-    flat = base.as_rows(x)
-    wide = spectrum.to(torch.promote_types(torch.promote_types(spectrum.dtype, x.dtype), torch.float32))
-    if base.needs_autograd(x, spectrum):
-        y = FourierFunction.apply(flat, weight, bias, wide, tables, shape, scaling)
-    else:
-        with base.without_autocast(x):
-            y = fourier_fwd(flat, weight, bias, wide, tables, shape, scaling)
-    return base.like_rows(y, x)
+    return base.through_autocast(_apply, x, weight, bias, spectrum, tables, shape, scaling)
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    spectrum: Tensor,
+    tables: Tables,
+    shape: tuple[int, int],
+    scaling: float,
+) -> Tensor:
+    rows = base.as_rows(x)
+    if spectrum.dtype != torch.float32 or x.dtype == torch.float64:
+        spectrum = spectrum.to(torch.promote_types(torch.promote_types(spectrum.dtype, x.dtype), torch.float32))
+    run = FourierFunction.apply if base.needs_autograd(x, spectrum) else fourier_fwd
+    return base.like_rows(run(rows, weight, bias, spectrum, tables, shape, scaling), x)
 
 
 def fourier_weight(

@@ -108,8 +108,7 @@ def _run(
 class LoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, backend):
-        with base.without_autocast(x):
-            y, h = _run(backend, x, weight, bias, lora_A, lora_B, scaling)
+        y, h = _run(backend, x, weight, bias, lora_A, lora_B, scaling)
         need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_A else None, weight if need_x else None, lora_A, lora_B, h if need_B else None)
         ctx.scaling, ctx.backend = scaling, backend
@@ -175,7 +174,12 @@ def apply_lora(
     backend = LORA_FWD.choose(x)
     if backend == "reference":
         return base.dense_linear(x, weight, bias, reference.lora.lora_weight(lora_A, lora_B, scaling))
-    x, weight, bias = base.cast_for_autocast(x, weight, bias)
+    return base.through_autocast(_apply, x, weight, bias, lora_A, lora_B, scaling, backend)
+
+
+def _apply(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str
+) -> Tensor:
     if backend == "native" and lora_A.dtype != torch.float32:
         if lora_A.dtype == torch.float64:
             backend = "torch"
@@ -183,8 +187,7 @@ def apply_lora(
             lora_A, lora_B = lora_A.float(), lora_B.float()
     rows = base.as_rows(x)
     if not base.needs_autograd(x, weight, bias, lora_A, lora_B):
-        with base.without_autocast(x):
-            y, _ = _run(backend, rows, weight, bias, lora_A, lora_B, scaling)
+        y, _ = _run(backend, rows, weight, bias, lora_A, lora_B, scaling)
     elif base.is_frozen(weight, bias):
         y = LoRAFunction.apply(rows, weight, bias, lora_A, lora_B, scaling, backend)
     else:

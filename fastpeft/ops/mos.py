@@ -15,7 +15,36 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastpeft.backend import Operator
 from fastpeft.ops import base, lora
+
+
+def _mos_fwd_fake(x, weight, bias, pool_A, index_A, pool_B, index_B, scaling):
+    tokens, (rank, shards) = x.shape[0], index_A.shape
+    return x.new_empty(tokens, pool_B.shape[1] * shards), pool_A.new_empty(tokens, rank)
+
+
+# Returns y and h = x Aᵀ. In the other lanes MoS is LoRA over assembled matrices.
+MOS_FWD = Operator(
+    "mos_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor pool_A, Tensor index_A, Tensor pool_B, Tensor index_B,"
+    " float scaling) -> (Tensor, Tensor)",
+    fake=_mos_fwd_fake,
+    order=("native", "torch", "triton"),
+)
+
+
+def _mos_bwd_fake(dpool_A, dpool_B, grad, x, weight, pool_A, index_A, pool_B, index_B, h, scaling, need_x):
+    return grad.new_empty(grad.shape[0] if need_x else 0, pool_A.shape[1] * index_A.shape[1])
+
+
+# Adds the gradients of the pools into dpool_A (from x) and dpool_B (from h) where they are given. Returns that of x,
+# without rows where it is not needed.
+MOS_BWD = Operator(
+    "mos_bwd_(Tensor(a!)? dpool_A, Tensor(b!)? dpool_B, Tensor grad, Tensor? x, Tensor? weight, Tensor pool_A,"
+    " Tensor index_A, Tensor pool_B, Tensor index_B, Tensor? h, float scaling, bool need_x) -> Tensor",
+    fake=_mos_bwd_fake,
+    order=("native", "torch"),
+)
 
 
 class PoolTapFunction(torch.autograd.Function):
@@ -45,11 +74,16 @@ class PoolTap:
         self.partial: dict[int, Tensor] = {}
         self.token = PoolTapFunction.apply(pool, self.partial)
 
-    def add(self, index: Tensor, rows: Tensor, pool: Tensor) -> None:
+    def is_wanted(self) -> bool:
+        """Whether this backward pass goes on to the pool: it can be after the gradient of x alone."""
+        return torch._C._will_engine_execute_node(self.token.grad_fn)
+
+    def gradient(self, pool: Tensor) -> Tensor:
+        """Where the layers of this backward pass add up."""
         task = torch._C._current_graph_task_id()
         if task not in self.partial:
             self.partial[task] = torch.zeros_like(pool)
-        _add_shards(self.partial[task], index, rows)
+        return self.partial[task]
 
 
 _TAPS = WeakTensorKeyDictionary()  # pool -> weak reference to its tap
@@ -63,10 +97,6 @@ def pool_tap(pool: Tensor) -> PoolTap:
         tap = PoolTap(pool)
         _TAPS[pool] = weakref.ref(tap)
     return tap
-
-
-def _add_shards(into: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    return into.index_add_(0, index.flatten(), rows.reshape(-1, into.shape[1]))
 
 
 class ShardsFunction(torch.autograd.Function):
@@ -83,7 +113,7 @@ class ShardsFunction(torch.autograd.Function):
     def backward(ctx, grad):
         pool, index = ctx.saved_tensors
         if ctx.needs_input_grad[2]:
-            ctx.tap.add(index, grad, pool)
+            ctx.tap.gradient(pool).index_add_(0, index.flatten(), grad.reshape(-1, pool.shape[1]))
         # The token's gradient is empty, but it is what tells a second derivative that it was refused.
         return None, None, grad.new_empty(0), None
 
@@ -95,6 +125,36 @@ def assemble(pool: Tensor, index: Tensor) -> Tensor:
         return pool[index].flatten(1)
     tap = pool_tap(pool)
     return ShardsFunction.apply(pool.detach(), index, tap.token, tap)
+
+
+class MoSFunction(torch.autograd.Function):
+    """The whole layer in one compiled operator each way; shards are read, and gradients added, where the pools lie."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, pool_A, index_A, token_A, tap_A, pool_B, index_B, token_B, tap_B, scaling):
+        y, h = MOS_FWD.call("native", x, weight, bias, pool_A, index_A, pool_B, index_B, scaling)
+        need_x, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 5, 9))
+        x, weight, h = x if need_A else None, weight if need_x else None, h if need_B else None
+        ctx.save_for_backward(x, weight, pool_A, index_A, pool_B, index_B, h)
+        ctx.taps, ctx.scaling = (tap_A, tap_B), scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        need_x = ctx.needs_input_grad[0]
+        x, weight, pool_A, index_A, pool_B, index_B, h = ctx.saved_tensors
+        need_A, need_B = (tap is not None and tap.is_wanted() for tap in ctx.taps)
+        dpool_A = ctx.taps[0].gradient(pool_A) if need_A else None
+        dpool_B = ctx.taps[1].gradient(pool_B) if need_B else None
+        x, h = x if need_A else None, h if need_B else None
+        with base.without_autocast(grad):
+            dx = MOS_BWD.call(
+                "native", dpool_A, dpool_B, grad, x, weight, pool_A, index_A, pool_B, index_B, h, ctx.scaling, need_x
+            )
+        # As in ShardsFunction, the tokens' gradients are empty.
+        empty_A, empty_B = (grad.new_empty(0) if need else None for need in (need_A, need_B))
+        return dx if need_x else None, None, None, None, None, empty_A, None, None, None, empty_B, None, None
 
 
 def mos_linear(
@@ -158,7 +218,34 @@ def apply_mos(
     scaling: float,
 ) -> Tensor:
     """mos_linear for arguments that are known to fit."""
+    if pool_A.device != x.device:
+        raise ValueError(f"x must be on the adapter's device, {pool_A.device}, got {x.device}")
+    in_place = MOS_FWD.choose(x) == "native" and pool_A.dtype == torch.float32 and not torch.compiler.is_compiling()
+    if in_place and base.is_frozen(weight, bias):
+        return base.through_autocast(_apply, x, weight, bias, pool_A, index_A, pool_B, index_B, scaling)
     return lora.apply_lora(x, weight, bias, assemble(pool_A, index_A), assemble(pool_B, index_B).T, scaling)
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pool_A: Tensor,
+    index_A: Tensor,
+    pool_B: Tensor,
+    index_B: Tensor,
+    scaling: float,
+) -> Tensor:
+    rows = base.as_rows(x)
+    if not base.needs_autograd(x, pool_A, pool_B):
+        matrices = [tensor.contiguous() for tensor in (pool_A, index_A, pool_B, index_B)]
+        y, _ = MOS_FWD.call("native", rows, weight, bias, *matrices, scaling)
+        return base.like_rows(y, x)
+    sides: list = []
+    for pool, index in ((pool_A, index_A), (pool_B, index_B)):
+        tap = pool_tap(pool) if pool.requires_grad else None
+        sides += [pool.detach().contiguous(), index.contiguous(), None if tap is None else tap.token, tap]
+    return base.like_rows(MoSFunction.apply(rows, weight, bias, *sides, scaling), x)
 
 
 def check_index(name: str, index: Tensor, n_shards: int) -> None:

@@ -1,0 +1,122 @@
+// The operators fastpeft::mos_fwd and mos_bwd_ on CPU tensors. Schemas and fakes: fastpeft/ops/mos.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "cpu/low_rank.h"
+#include "cpu/tensor.h"
+
+namespace fastpeft {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check_pool(const Tensor& pool, const char* name) {
+  check_cpu(pool, name);
+  STD_TORCH_CHECK(pool.dim() == 2 && pool.scalar_type() == ScalarType::Float && pool.is_contiguous(), "mos: ", name,
+                  " must be a contiguous float32 matrix");
+}
+
+// The shards of a pool that make up a matrix; pool's data may be those of its gradient.
+ShardTable shards_of(const float* data, const Tensor& pool, const Tensor& index, const char* name) {
+  check_cpu(index, name);
+  STD_TORCH_CHECK(index.dim() == 2 && index.scalar_type() == ScalarType::Long && index.is_contiguous(), "mos: ", name,
+                  " must be a contiguous int64 matrix");
+  const int64_t rank = index.size(0), per_row = index.size(1), width = pool.size(1), count = pool.size(0);
+  ShardTable table{std::vector<const float*>(rank * per_row), rank, per_row, width};
+  const int64_t* shards = static_cast<const int64_t*>(index.const_data_ptr());
+  for (int64_t i = 0; i < rank * per_row; ++i) {
+    STD_TORCH_CHECK(shards[i] >= 0 && shards[i] < count, "mos: ", name, " must lie in [0, ", count, "), got ",
+                    shards[i]);
+    table.pointers[i] = data + shards[i] * width;
+  }
+  return table;
+}
+
+struct Adapter {
+  ShardTable a, b;
+
+  Adapter(const Tensor& pool_A, const Tensor& index_A, const Tensor& pool_B, const Tensor& index_B) {
+    check_pool(pool_A, "pool_A");
+    check_pool(pool_B, "pool_B");
+    a = shards_of(static_cast<const float*>(pool_A.const_data_ptr()), pool_A, index_A, "index_A");
+    b = shards_of(static_cast<const float*>(pool_B.const_data_ptr()), pool_B, index_B, "index_B");
+    STD_TORCH_CHECK(a.rank == b.rank && a.per_row == b.per_row, "mos: index_A and index_B must have one shape");
+  }
+};
+
+void check_activation(const Tensor& x, const char* name, int64_t features, const std::optional<Tensor>& weight,
+                      const Adapter& adapter) {
+  check_cpu(x, name);
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == features, "mos: ", name, " must have shape (tokens, ", features, ")");
+  scalar_of(x, name);
+  if (!weight) return;
+  check_cpu(*weight, "weight");
+  const int64_t out = adapter.b.view().features(), in = adapter.a.view().features();
+  STD_TORCH_CHECK(
+      weight->dim() == 2 && weight->size(0) == out && weight->size(1) == in && weight->scalar_type() == x.scalar_type(),
+      "mos: weight must have shape (", out, ", ", in, ") and the dtype of ", name);
+}
+
+// y = x W^T + b + scaling * h B^T and h = x A^T.
+std::tuple<Tensor, Tensor> mos_fwd(const Tensor& x, const std::optional<Tensor>& weight,
+                                   const std::optional<Tensor>& bias, const Tensor& pool_A, const Tensor& index_A,
+                                   const Tensor& pool_B, const Tensor& index_B, double scaling) {
+  const Adapter adapter(pool_A, index_A, pool_B, index_B);
+  const LowRank m{adapter.a.view(), adapter.b.view(), scaling};
+  check_activation(x, "x", m.a.features(), weight, adapter);
+  const Tensor y = base_product(x, weight, bias, m.b.features());
+  Tensor h = torch::stable::new_empty(pool_A, {x.size(0), m.a.rank});
+  low_rank_fwd(m, x, y, static_cast<float*>(h.mutable_data_ptr()));
+  return {y, h};
+}
+
+// Adds the gradients of the pools into dpool_A (which needs x) and dpool_B (which needs h), where they are given, and
+// returns that of x, without rows where it is not asked for.
+Tensor mos_bwd_(const std::optional<Tensor>& dpool_A, const std::optional<Tensor>& dpool_B, const Tensor& grad,
+                const std::optional<Tensor>& x, const std::optional<Tensor>& weight, const Tensor& pool_A,
+                const Tensor& index_A, const Tensor& pool_B, const Tensor& index_B, const std::optional<Tensor>& h_any,
+                double scaling, bool need_x) {
+  const Adapter adapter(pool_A, index_A, pool_B, index_B);
+  const LowRank m{adapter.a.view(), adapter.b.view(), scaling};
+  check_activation(grad, "grad", m.b.features(), weight, adapter);
+  STD_TORCH_CHECK(dpool_A.has_value() == x.has_value() && dpool_B.has_value() == h_any.has_value(),
+                  "mos: dpool_A goes with x, dpool_B with h");
+  if (x) {
+    check_activation(*x, "x", m.a.features(), weight, adapter);
+    check_pool(*dpool_A, "dpool_A");
+    STD_TORCH_CHECK(x->size(0) == grad.size(0) && x->scalar_type() == grad.scalar_type() &&
+                        dpool_A->size(0) == pool_A.size(0) && dpool_A->size(1) == pool_A.size(1),
+                    "mos: x must have the tokens and the dtype of grad, dpool_A the shape of pool_A");
+  }
+  if (h_any) {
+    check_cpu(*h_any, "h");
+    check_pool(*dpool_B, "dpool_B");
+    STD_TORCH_CHECK(h_any->dim() == 2 && h_any->size(0) == grad.size(0) && h_any->size(1) == m.a.rank &&
+                        h_any->scalar_type() == ScalarType::Float && dpool_B->size(0) == pool_B.size(0) &&
+                        dpool_B->size(1) == pool_B.size(1),
+                    "mos: h must be float32 of shape (", grad.size(0), ", ", m.a.rank,
+                    "), dpool_B have the shape of pool_B");
+  }
+  std::optional<Tensor> h;
+  if (h_any) h = torch::stable::contiguous(*h_any);
+  const std::optional<Tensor> dx = need_x ? std::optional(base_gradient(grad, weight, m.a.features())) : std::nullopt;
+  ShardTable da{{}, m.a.rank, m.a.per_row, m.a.width}, db{{}, m.b.rank, m.b.per_row, m.b.width};
+  if (x) da = shards_of(static_cast<float*>(dpool_A->mutable_data_ptr()), pool_A, index_A, "index_A");
+  if (h) db = shards_of(static_cast<float*>(dpool_B->mutable_data_ptr()), pool_B, index_B, "index_B");
+  low_rank_bwd(m, grad, x, h ? static_cast<const float*>(h->const_data_ptr()) : nullptr, dx,
+               {da.view(), db.view(), scaling});
+  return dx ? *dx : torch::stable::new_empty(grad, {0, m.a.features()});
+}
+
+}  // namespace
+}  // namespace fastpeft
+
+STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) {
+  m.impl("mos_fwd", TORCH_BOX(&fastpeft::mos_fwd));
+  m.impl("mos_bwd_", TORCH_BOX(&fastpeft::mos_bwd_));
+}
