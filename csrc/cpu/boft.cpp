@@ -6,9 +6,9 @@
 
 #include <algorithm>
 #include <tuple>
-#include <vector>
 
 #include "cpu/boft_loops.h"
+#include "cpu/scratch.h"
 #include "cpu/tensor.h"
 
 namespace fastpeft {
@@ -42,17 +42,16 @@ ButterflyShape check_shape(const Tensor& x, const Tensor& blocks) {
   return shape;
 }
 
-// Splits the features into ranges of whole windows: at most about 256 features, so that a chunk of tokens stays in
-// the first-level cache, and enough of them that every thread has work.
-int64_t range_features(const ButterflyShape& shape, int64_t wanted_ranges) {
-  constexpr int64_t kCacheFeatures = 256;
+// Splits the features into ranges of whole windows: about as many features as the cache wants, but enough ranges for
+// every thread.
+int64_t range_features(const ButterflyShape& shape, int64_t cached, int64_t wanted_ranges) {
   const int64_t window = shape.block << (shape.factors - 1);
-  const int64_t wanted = std::min(kCacheFeatures, shape.features / std::max<int64_t>(wanted_ranges, 1));
+  const int64_t wanted = std::min(cached, shape.features / std::max<int64_t>(wanted_ranges, 1));
   return std::max(window, wanted / window * window);
 }
 
 // A task is worth handing to another thread from about this many multiply-adds on.
-constexpr int64_t kGrainWork = 1 << 16;
+constexpr int64_t kGrainWork = 1 << 17;
 
 Tensor butterfly_fwd(const Tensor& x_any, const Tensor& blocks_any) {
   const ButterflyShape shape = check_shape(x_any, blocks_any);
@@ -62,25 +61,20 @@ Tensor butterfly_fwd(const Tensor& x_any, const Tensor& blocks_any) {
   Tensor y = torch::stable::new_empty(x, {tokens, d});
   if (tokens == 0 || d == 0) return y;
 
+  constexpr int64_t kCached = 128;  // times kButterflyTokens: a first-level cache
   const int64_t token_tasks = (tokens + kButterflyTokens - 1) / kButterflyTokens;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t count = range_features(shape, token_tasks >= threads ? 1 : threads);
+  const int64_t count = range_features(shape, kCached, token_tasks >= threads ? 1 : threads);
   const int64_t ranges = (d + count - 1) / count;
   const int64_t work = std::min(tokens, kButterflyTokens) * count * shape.block * shape.factors;
-  const int64_t element = x.element_size();
-  const char* x_data = static_cast<const char*>(x.const_data_ptr());
-  char* y_data = static_cast<char*>(y.mutable_data_ptr());
   const float* q = static_cast<const float*>(blocks.const_data_ptr());
-  const int64_t x_stride = x.stride(0);
 
   torch::stable::parallel_for(0, token_tasks * ranges, 1 + kGrainWork / work, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(butterfly_scratch_floats(shape, {0, count}, 1));
+    Scratch scratch(butterfly_scratch_floats(shape, {0, count}, false));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first_token = task / ranges * kButterflyTokens;
-      const int64_t first = task % ranges * count;
-      loops().fwd(shape, {first, std::min(count, d - first)}, std::min(kButterflyTokens, tokens - first_token),
-                  x_data + first_token * x_stride * element, x_stride, q, y_data + first_token * d * element, d,
-                  scratch.data());
+      const int64_t token = task / ranges * kButterflyTokens, first = task % ranges * count;
+      loops().fwd(shape, {first, std::min(count, d - first)}, std::min(kButterflyTokens, tokens - token),
+                  rows_from(x, token), q, rows_into(y, token), scratch.data());
     }
   });
   return y;
@@ -104,23 +98,17 @@ std::tuple<Tensor, Tensor> butterfly_bwd(const Tensor& grad_any, const Tensor& x
       torch::stable::new_zeros(blocks, {need_blocks ? shape.factors : 0, blocks.size(1), shape.block, shape.block});
   if (tokens == 0 || d == 0 || (!need_x && !need_blocks)) return {dx, dblocks};
 
-  const int64_t count = range_features(shape, torch::stable::get_num_threads());
-  const int64_t ranges = (d + count - 1) / count;
+  constexpr int64_t kCached = 64;  // a page for each factor and the sums of its blocks: a second-level cache
+  const int64_t count = range_features(shape, kCached, torch::stable::get_num_threads());
   const int64_t work = 3 * tokens * count * shape.block * shape.factors;
-  const int64_t pages = need_blocks ? shape.factors + 1 : 1;
-  const void* grad_data = grad.const_data_ptr();
-  const void* x_data = x.const_data_ptr();
   const float* q = static_cast<const float*>(blocks.const_data_ptr());
-  void* dx_data = need_x ? dx.mutable_data_ptr() : nullptr;
   float* dq = need_blocks ? static_cast<float*>(dblocks.mutable_data_ptr()) : nullptr;
-  const int64_t grad_stride = grad.stride(0), x_stride = x.stride(0);
 
-  torch::stable::parallel_for(0, ranges, 1 + kGrainWork / work, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(butterfly_scratch_floats(shape, {0, count}, pages));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task * count;
-      loops().bwd(shape, {first, std::min(count, d - first)}, tokens, grad_data, grad_stride, x_data, x_stride, q,
-                  dx_data, d, dq, scratch.data());
+  torch::stable::parallel_for(0, (d + count - 1) / count, 1 + kGrainWork / work, [&](int64_t begin, int64_t end) {
+    Scratch scratch(butterfly_scratch_floats(shape, {0, count}, true));
+    for (int64_t first = begin * count; first < std::min(end * count, d); first += count) {
+      loops().bwd(shape, {first, std::min(count, d - first)}, tokens, rows_from(grad, 0), rows_from(x, 0), q,
+                  need_x ? rows_into(dx, 0) : MutableRows{}, dq, scratch.data());
     }
   });
   return {dx, dblocks};

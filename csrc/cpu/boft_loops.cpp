@@ -1,216 +1,192 @@
-// The butterfly product of BOFT (Liu et al., ICLR 2024, arXiv 2311.06243), forward and backward.
+// The butterfly product of BOFT (Liu et al., ICLR 2024, arXiv 2311.06243), forward and backward; cpu/boft_places.h says
+// which features a factor brings together.
 //
-//   y = x R,  R = B_{m-1} ... B_0,  B_f = P_f diag(Q_f) P_f^T
-//
-// P_f only says which features meet. In a window of 2^f blocks, that is 2H half-blocks of b/2 features with
-// H = 2^f, block s takes half-blocks s and s + H and writes its result back to the same two places. So a factor
-// works in place, and R as a whole never crosses a window of b * 2^(m-1) features.
-//
-// Cost: m * b multiply-adds a feature forward, three times that backward with the intermediates recomputed. One
-// row of a block is one vector, so a multiply-add handles b features at once; x and y cross memory once.
+// Cost: m * b multiply-adds a feature forward, three times that backward with the intermediates recomputed, and a
+// transposition of every tile on its way in and out: a tile holds one token per lane, so that all of it is whole vector
+// operations whatever the block size. x and y cross memory once. Below kFewTokens the lanes would be empty, and blocks
+// work on rows (cpu/boft_rows.h).
 #include "cpu/boft_loops.h"
 
-#include "cpu/simd.h"
+#include "cpu/boft_places.h"
+#include "cpu/boft_rows.h"
+#include "cpu/tile.h"
 
 namespace fastpeft::FASTPEFT_ISA {
 namespace {
 
-constexpr int64_t kTokens = kButterflyTokens;
+constexpr int64_t kFewTokens = 6;
+constexpr int64_t kVectors = kButterflyTokens / kLanes;  // of one feature in a tile
+constexpr int kSums = kLanes == 16 ? 16 : 8;             // vectors of sums that fit the registers
 
-template <int B>
-struct Row {
-  typedef float type __attribute__((vector_size(B * sizeof(float)), aligned(4)));
+// A tile: the features of a range, kVectors vectors of tokens each, of which the first `used` hold something.
+struct Tile {
+  Vector* data;
+  int used;
+
+  Vector* entry(int64_t feature) const { return data + feature * kVectors; }
 };
 
-// Block k of factor f: where its two halves start in a row of the window group, and its place in Q.
-struct Place {
-  int64_t low, high;  // first feature of each half, relative to the range
-  int64_t index;      // k
-};
-
-// Calls visit(Place) for the blocks of one factor that lie in the range, in order of k.
-template <typename Visit>
-inline void for_each_block(ButterflyRange range, int64_t block, int64_t factor, Visit visit) {
-  const int64_t half = block / 2;
-  const int64_t stride = int64_t(1) << factor;  // H: half-blocks between the two that meet
-  const int64_t window = stride * block;
-  int64_t index = range.first / block;
-  for (int64_t base = 0; base < range.count; base += window) {
-    for (int64_t s = 0; s < stride; ++s, ++index) {
-      const int64_t low = base + s * half;
-      visit(Place{low, low + stride * half, index});
-    }
-  }
-}
-
-template <int B>
-inline typename Row<B>::type load_row(const float* row, Place at) {
-  typename Row<B>::type value;
-  __builtin_memcpy(&value, row + at.low, B / 2 * sizeof(float));
-  __builtin_memcpy(reinterpret_cast<char*>(&value) + B / 2 * sizeof(float), row + at.high, B / 2 * sizeof(float));
-  return value;
-}
-
-template <int B>
-inline void store_row(float* row, Place at, typename Row<B>::type value) {
-  __builtin_memcpy(row + at.low, &value, B / 2 * sizeof(float));
-  __builtin_memcpy(row + at.high, reinterpret_cast<char*>(&value) + B / 2 * sizeof(float), B / 2 * sizeof(float));
-}
-
-inline int64_t feature(Place at, int64_t half, int64_t a) { return a < half ? at.low + a : at.high + (a - half); }
-
-// out[t] = in[t] Q for one block. in and out may be the same rows.
-template <int B>
-inline void multiply_block(const float* in, float* out, int64_t ld, int64_t tokens, Place at, const float* q) {
-  typename Row<B>::type rows[B];
-  __builtin_memcpy(rows, q, sizeof(rows));
-  for (int64_t t = 0; t < tokens; ++t) {
-    const float* source = in + t * ld;
-    typename Row<B>::type sum = rows[0] * source[at.low];
+// out[c] = sum_a in[a] q[a, c] for one block (or q[c, a]), all tokens. in and out may be the same tile. `entries` holds
+// b vectors.
+template <int B, bool kTransposed>
+inline void multiply_block(Tile in, Tile out, Place at, int64_t block, const float* q, Vector* entries) {
+  const int64_t b = B ? B : block;
+  constexpr int kGroup = B && B < kSums ? B : kSums;
+  Vector fixed[B ? B : 1];
+  Vector* z = B ? fixed : entries;
+  for (int v = 0; v < in.used; ++v) {
 #pragma GCC unroll 32
-    for (int a = 1; a < B; ++a) sum += rows[a] * source[a < B / 2 ? at.low + a : at.high + a - B / 2];
-    store_row<B>(out + t * ld, at, sum);
+    for (int64_t a = 0; a < b; ++a) z[a] = in.entry(feature(at, b / 2, a))[v];
+    int64_t c = 0;
+    for (; c + kGroup <= b; c += kGroup) {
+      Vector sums[kGroup] = {};
+#pragma GCC unroll 8
+      for (int64_t a = 0; a < b; ++a) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kGroup; ++i) sums[i] += z[a] * (kTransposed ? q[(c + i) * b + a] : q[a * b + c + i]);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kGroup; ++i) out.entry(feature(at, b / 2, c + i))[v] = sums[i];
+    }
+    for (; c < b; ++c) {
+      Vector sum = {};
+      for (int64_t a = 0; a < b; ++a) sum += z[a] * (kTransposed ? q[c * b + a] : q[a * b + c]);
+      out.entry(feature(at, b / 2, c))[v] = sum;
+    }
   }
 }
 
-// dq += in^T g, then g = g Q^T in place, for one block.
+// sums[a, c] += in[a] g[c] by lanes, for one block: kSums sums at a time.
 template <int B>
-inline void differentiate_block(const float* in, float* g, int64_t ld, int64_t tokens, Place at, const float* q,
-                                float* dq) {
-  if (dq != nullptr) {
-    typename Row<B>::type sums[B] = {};
-    for (int64_t t = 0; t < tokens; ++t) {
-      const typename Row<B>::type gradient = load_row<B>(g + t * ld, at);
-      const float* source = in + t * ld;
-#pragma GCC unroll 32
-      for (int a = 0; a < B; ++a) {
-        sums[a] += gradient * source[a < B / 2 ? at.low + a : at.high + a - B / 2];
+inline void correlate_block(Tile in, Tile g, Place at, Vector* sums) {
+  constexpr int kWidth = B < kSums ? B : kSums, kHeight = kSums / kWidth < B ? kSums / kWidth : B;
+  for (int a = 0; a < B; a += kHeight) {
+    for (int c = 0; c < B; c += kWidth) {
+      Vector part[kHeight][kWidth];
+#pragma GCC unroll 16
+      for (int i = 0; i < kHeight; ++i) {
+#pragma GCC unroll 16
+        for (int j = 0; j < kWidth; ++j) part[i][j] = sums[(a + i) * B + c + j];
       }
-    }
-    typename Row<B>::type total[B];
-    __builtin_memcpy(total, dq, sizeof(total));
-    for (int a = 0; a < B; ++a) total[a] += sums[a];
-    __builtin_memcpy(dq, total, sizeof(total));
-  }
-  float transposed[B * B];
-  for (int a = 0; a < B; ++a) {
-    for (int c = 0; c < B; ++c) transposed[c * B + a] = q[a * B + c];
-  }
-  multiply_block<B>(g, g, ld, tokens, at, transposed);
-}
-
-// The same for a block size known only at run time (and the odd ones, which have a single factor).
-inline void multiply_any(const float* in, float* out, int64_t ld, int64_t tokens, Place at, int64_t b, const float* q,
-                         int64_t row_step, int64_t column_step, float* result) {
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t c = 0; c < b; ++c) result[c] = 0.0f;
-    for (int64_t a = 0; a < b; ++a) {
-      const float value = in[t * ld + feature(at, b / 2, a)];
-      for (int64_t c = 0; c < b; ++c) result[c] += value * q[a * row_step + c * column_step];
-    }
-    for (int64_t c = 0; c < b; ++c) out[t * ld + feature(at, b / 2, c)] = result[c];
-  }
-}
-
-inline void add_outer_any(const float* in, const float* g, int64_t ld, int64_t tokens, Place at, int64_t b, float* dq) {
-  for (int64_t a = 0; a < b; ++a) {
-    for (int64_t c = 0; c < b; ++c) {
-      float sum = 0.0f;
-      for (int64_t t = 0; t < tokens; ++t) {
-        sum += in[t * ld + feature(at, b / 2, a)] * g[t * ld + feature(at, b / 2, c)];
+      for (int v = 0; v < g.used; ++v) {
+        Vector right[kWidth];
+#pragma GCC unroll 16
+        for (int j = 0; j < kWidth; ++j) right[j] = g.entry(feature(at, B / 2, c + j))[v];
+#pragma GCC unroll 16
+        for (int i = 0; i < kHeight; ++i) {
+          const Vector left = in.entry(feature(at, B / 2, a + i))[v];
+#pragma GCC unroll 16
+          for (int j = 0; j < kWidth; ++j) part[i][j] += left * right[j];
+        }
       }
-      dq[a * b + c] += sum;
+#pragma GCC unroll 16
+      for (int i = 0; i < kHeight; ++i) {
+#pragma GCC unroll 16
+        for (int j = 0; j < kWidth; ++j) sums[(a + i) * B + c + j] = part[i][j];
+      }
     }
   }
 }
 
-struct Chunk {
-  const ButterflyShape& shape;
-  ButterflyRange range;
-  int64_t tokens;
-  float* spare;  // b floats for block sizes that are not specialised
-
-  int64_t offset(int64_t factor, Place at) const {
-    return (factor * (shape.features / shape.block) + at.index) * shape.block * shape.block;
-  }
-
-  template <int B>
-  void multiply(const float* in, float* out, const float* blocks, int64_t factor) const {
-    for_each_block(range, shape.block, factor, [&](Place at) {
-      const float* q = blocks + offset(factor, at);
-      if constexpr (B > 0) {
-        multiply_block<B>(in, out, range.count, tokens, at, q);
-      } else {
-        multiply_any(in, out, range.count, tokens, at, shape.block, q, shape.block, 1, spare);
+// The same for any block size, added up over the lanes at once.
+inline void correlate_any(Tile in, Tile g, Place at, int64_t block, float* dq) {
+  for (int64_t a = 0; a < block; ++a) {
+    for (int64_t c = 0; c < block; ++c) {
+      Vector sum = {};
+      for (int v = 0; v < g.used; ++v) {
+        sum += in.entry(feature(at, block / 2, a))[v] * g.entry(feature(at, block / 2, c))[v];
       }
-    });
-  }
-
-  template <int B>
-  void differentiate(const float* in, float* g, const float* blocks, float* dblocks, int64_t factor) const {
-    for_each_block(range, shape.block, factor, [&](Place at) {
-      const float* q = blocks + offset(factor, at);
-      float* dq = dblocks == nullptr ? nullptr : dblocks + offset(factor, at);
-      if constexpr (B > 0) {
-        differentiate_block<B>(in, g, range.count, tokens, at, q, dq);
-      } else {
-        if (dq != nullptr) add_outer_any(in, g, range.count, tokens, at, shape.block, dq);
-        multiply_any(g, g, range.count, tokens, at, shape.block, q, 1, shape.block, spare);
-      }
-    });
-  }
-};
-
-template <typename T>
-void load_rows(const void* x, int64_t stride, int64_t first_token, const Chunk& chunk, float* out) {
-  for (int64_t t = 0; t < chunk.tokens; ++t) {
-    const T* row = static_cast<const T*>(x) + (first_token + t) * stride + chunk.range.first;
-    float* to = out + t * chunk.range.count;
-    for (int64_t i = 0; i < chunk.range.count; ++i) to[i] = to_float(row[i]);
+      dq[a * block + c] += sum_of(sum);
+    }
   }
 }
 
 template <typename T>
-void store_rows(const float* in, const Chunk& chunk, int64_t first_token, void* y, int64_t stride) {
-  for (int64_t t = 0; t < chunk.tokens; ++t) {
-    T* row = static_cast<T*>(y) + (first_token + t) * stride + chunk.range.first;
-    const float* from = in + t * chunk.range.count;
-    for (int64_t i = 0; i < chunk.range.count; ++i) row[i] = from_float<T>(from[i]);
+void load_tokens(Rows x, int64_t first_token, int64_t tokens, ButterflyRange range, Tile tile) {
+  x.data = static_cast<const T*>(x.data) + first_token * x.stride + range.first;
+  for (int v = 0; v < tile.used; ++v) {
+    load_tile<T>(x, tokens - v * kLanes, range.count, tile.data + v, kVectors);
+    x.data = static_cast<const T*>(x.data) + kLanes * x.stride;
+  }
+}
+
+template <typename T>
+void store_tokens(Tile tile, int64_t first_token, int64_t tokens, ButterflyRange range, MutableRows y) {
+  y.data = static_cast<T*>(y.data) + first_token * y.stride + range.first;
+  for (int v = 0; v < tile.used; ++v) {
+    store_tile<T, false>(tile.data + v, kVectors, tokens - v * kLanes, range.count, y);
+    y.data = static_cast<T*>(y.data) + kLanes * y.stride;
+  }
+}
+
+inline int vectors_of(int64_t tokens) {
+  return int((tokens < kButterflyTokens ? tokens + kLanes - 1 : kButterflyTokens) / kLanes);
+}
+
+template <typename T, int B>
+void fwd_tiles(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, Rows x, const float* blocks,
+               MutableRows y, float* scratch) {
+  Vector* entries = reinterpret_cast<Vector*>(scratch);
+  for (int64_t first = 0; first < tokens; first += kButterflyTokens) {
+    const Tile tile{entries + shape.block, vectors_of(tokens - first)};
+    load_tokens<T>(x, first, tokens - first, range, tile);
+    for (int64_t f = shape.factors - 1; f >= 0; --f) {
+      for_each_block(range, shape.block, f, [&](Place at) {
+        multiply_block<B, false>(tile, tile, at, shape.block, blocks + block_offset(shape, f, at), entries);
+      });
+    }
+    store_tokens<T>(tile, first, tokens - first, range, y);
   }
 }
 
 template <typename T, int B>
-void fwd_tokens(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* x, int64_t x_stride,
-                const float* blocks, void* y, int64_t y_stride, float* scratch) {
-  float* rows = scratch + shape.block;
-  for (int64_t first = 0; first < tokens; first += kTokens) {
-    const Chunk chunk{shape, range, tokens - first < kTokens ? tokens - first : kTokens, scratch};
-    load_rows<T>(x, x_stride, first, chunk, rows);
-    for (int64_t f = shape.factors - 1; f >= 0; --f) chunk.template multiply<B>(rows, rows, blocks, f);
-    store_rows<T>(rows, chunk, first, y, y_stride);
+void bwd_tiles(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, Rows grad, Rows x,
+               const float* blocks, MutableRows dx, float* dblocks, float* scratch) {
+  const int64_t page = kVectors * range.count;
+  Vector* entries = reinterpret_cast<Vector*>(scratch);
+  Vector* sums = entries + shape.block + (shape.factors + 1) * page;  // [factors, blocks of the range, b, b]
+  const int64_t factor_sums = range.count * shape.block;
+  if (B && dblocks != nullptr) {
+    for (int64_t i = 0; i < shape.factors * factor_sums; ++i) sums[i] = Vector{};
   }
-}
-
-template <typename T, int B>
-void bwd_tokens(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* grad,
-                int64_t grad_stride, const void* x, int64_t x_stride, const float* blocks, void* dx, int64_t dx_stride,
-                float* dblocks, float* scratch) {
-  const int64_t page = kTokens * range.count;
-  float* g = scratch + shape.block;
-  float* inputs = g + page;  // page f holds the input of factor f
-  for (int64_t first = 0; first < tokens; first += kTokens) {
-    const Chunk chunk{shape, range, tokens - first < kTokens ? tokens - first : kTokens, scratch};
-    load_rows<T>(grad, grad_stride, first, chunk, g);
+  for (int64_t first = 0; first < tokens; first += kButterflyTokens) {
+    const int64_t left = tokens - first;
+    const Tile g{entries + shape.block, vectors_of(left)};
+    const auto input = [&](int64_t f) { return Tile{g.data + (f + 1) * page, g.used}; };  // of factor f
+    load_tokens<T>(grad, first, left, range, g);
     if (dblocks != nullptr) {
-      load_rows<T>(x, x_stride, first, chunk, inputs + (shape.factors - 1) * page);
+      load_tokens<T>(x, first, left, range, input(shape.factors - 1));
       for (int64_t f = shape.factors - 1; f > 0; --f) {
-        chunk.template multiply<B>(inputs + f * page, inputs + (f - 1) * page, blocks, f);
+        for_each_block(range, shape.block, f, [&](Place at) {
+          const float* q = blocks + block_offset(shape, f, at);
+          multiply_block<B, false>(input(f), input(f - 1), at, shape.block, q, entries);
+        });
       }
     }
+    // With z the input of factor f: dQ += z^T g for each block, then g = g Q^T.
     for (int64_t f = 0; f < shape.factors; ++f) {
-      chunk.template differentiate<B>(inputs + f * page, g, blocks, dblocks, f);
+      for_each_block(range, shape.block, f, [&](Place at) {
+        const int64_t offset = block_offset(shape, f, at);
+        if (dblocks != nullptr) {
+          if constexpr (B > 0) {
+            const int64_t block = at.index - range.first / shape.block;
+            correlate_block<B>(input(f), g, at, sums + f * factor_sums + block * B * B);
+          } else {
+            correlate_any(input(f), g, at, shape.block, dblocks + offset);
+          }
+        }
+        multiply_block<B, true>(g, g, at, shape.block, blocks + offset, entries);
+      });
     }
-    if (dx != nullptr) store_rows<T>(g, chunk, first, dx, dx_stride);
+    if (dx.data != nullptr) store_tokens<T>(g, first, left, range, dx);
+  }
+  if (!B || dblocks == nullptr) return;
+  for (int64_t f = 0; f < shape.factors; ++f) {
+    for_each_block(range, shape.block, f, [&](Place at) {
+      const Vector* from = sums + f * factor_sums + (at.index - range.first / shape.block) * B * B;
+      float* dq = dblocks + block_offset(shape, f, at);
+      for (int i = 0; i < B * B; ++i) dq[i] += sum_of(from[i]);
+    });
   }
 }
 
@@ -236,18 +212,26 @@ inline void dispatch(const ButterflyShape& shape, Call call) {
   with_scalar(shape.scalar, with_block);
 }
 
-void fwd(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* x, int64_t x_stride,
-         const float* blocks, void* y, int64_t y_stride, float* scratch) {
+void fwd(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, Rows x, const float* blocks, MutableRows y,
+         float* scratch) {
   dispatch(shape, [&]<typename T, int B>() {
-    fwd_tokens<T, B>(shape, range, tokens, x, x_stride, blocks, y, y_stride, scratch);
+    if (tokens < kFewTokens) {
+      fwd_rows<T, B>(shape, range, tokens, x.data, x.stride, blocks, y.data, y.stride, scratch);
+    } else {
+      fwd_tiles<T, B>(shape, range, tokens, x, blocks, y, scratch);
+    }
   });
 }
 
-void bwd(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* grad, int64_t grad_stride,
-         const void* x, int64_t x_stride, const float* blocks, void* dx, int64_t dx_stride, float* dblocks,
-         float* scratch) {
+void bwd(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, Rows grad, Rows x, const float* blocks,
+         MutableRows dx, float* dblocks, float* scratch) {
   dispatch(shape, [&]<typename T, int B>() {
-    bwd_tokens<T, B>(shape, range, tokens, grad, grad_stride, x, x_stride, blocks, dx, dx_stride, dblocks, scratch);
+    if (tokens < kFewTokens) {
+      bwd_rows<T, B>(shape, range, tokens, grad.data, grad.stride, x.data, x.stride, blocks, dx.data, dx.stride,
+                     dblocks, scratch);
+    } else {
+      bwd_tiles<T, B>(shape, range, tokens, grad, x, blocks, dx, dblocks, scratch);
+    }
   });
 }
 

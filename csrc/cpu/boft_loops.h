@@ -9,9 +9,8 @@
 
 namespace fastpeft {
 
-// Tokens that one pass of the loops holds in scratch. Fixed, because the order in which block gradients are added
-// up depends on it and results must not depend on the number of threads.
-constexpr int64_t kButterflyTokens = 16;
+// Tokens that one pass of the loops holds in scratch. The order in which block gradients are added up depends on it.
+constexpr int64_t kButterflyTokens = 64;
 constexpr int64_t kScaleColumns = 256;
 
 struct ButterflyShape {
@@ -27,26 +26,24 @@ struct ButterflyRange {
   int64_t count;
 };
 
-// Scratch for a number of pages, each a chunk of rows of the range, and for one block row.
-static inline int64_t butterfly_scratch_floats(const ButterflyShape& shape, ButterflyRange range, int64_t pages) {
-  return shape.block + pages * kButterflyTokens * range.count;
+// Floats of scratch, 64-byte aligned, for fwd or bwd.
+static inline int64_t butterfly_scratch_floats(const ButterflyShape& shape, ButterflyRange range, bool backward) {
+  constexpr int64_t kMostLanes = 16;
+  const int64_t pages = backward ? shape.factors + 1 : 1;
+  const int64_t sums = backward && shape.block <= 32 ? shape.factors * range.count * shape.block : 0;
+  return (shape.block + sums) * kMostLanes + pages * kButterflyTokens * range.count;
 }
 
 struct ButterflyLoops {
-  // y[t, range] = (x R)[t, range] for the given tokens. scratch: butterfly_scratch_floats(shape, range, 1).
-  void (*fwd)(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* x,
-              int64_t x_stride,           // [tokens, d], elements between rows
-              const float* blocks,        // [m, d/b, b, b]
-              void* y, int64_t y_stride,  // [tokens, d]
-              float* scratch);
-  // dx (or null) and, added up over the tokens, dblocks (or null). scratch: butterfly_scratch_floats(shape, range, m +
-  // 1).
-  void (*bwd)(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, const void* grad,
-              int64_t grad_stride,              // [tokens, d]
-              const void* x, int64_t x_stride,  // [tokens, d]
-              const float* blocks,              // [m, d/b, b, b]
-              void* dx, int64_t dx_stride,      // [tokens, d]
-              float* dblocks,                   // [m, d/b, b, b], zeros at the start
+  // y[t, range] = (x R)[t, range] for the given tokens.
+  void (*fwd)(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, Rows x,
+              const float* blocks,  // [m, d/b, b, b]
+              MutableRows y, float* scratch);
+  // dx (whose data may be null) and, added up over the tokens, dblocks (or null). x is read for dblocks alone.
+  void (*bwd)(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, Rows grad, Rows x,
+              const float* blocks,  // [m, d/b, b, b]
+              MutableRows dx,
+              float* dblocks,  // [m, d/b, b, b], zeros at the start
               float* scratch);
 
   // y = y0 + (y0 - bias) (s - 1), which is (y0 - bias) s + bias and leaves y0 as it is, to the last bit, where s is 1.

@@ -17,70 +17,34 @@
 #include "cpu/fourierft_loops.h"
 
 #include "cpu/fft.h"
+#include "cpu/tile.h"
 
 namespace fastpeft::FASTPEFT_ISA {
 namespace {
 
-template <typename T>
-inline void add_vector(T* to, Vector value) {
-  store_vector(to, load_vector(to) + value);
-}
-
-// parts[j] = entry j of up to kLanes tokens, zeros for those that are missing.
-template <typename T, bool kAll>
-inline void load_part(Rows x, int64_t tokens, int64_t features, float* parts) {
-  const T* rows = static_cast<const T*>(x.data);
-  int64_t j = 0;
-  for (; j + kLanes <= features; j += kLanes) {
-    Vector block[kLanes];
-#pragma GCC unroll 16
-    for (int64_t t = 0; t < kLanes; ++t)
-      block[t] = kAll || t < tokens ? load_vector(rows + t * x.stride + j) : Vector{};
-    transpose(block);
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kLanes; ++i) *reinterpret_cast<Vector*>(parts + (j + i) * kRow) = block[i];
-  }
-  for (; j < features; ++j) {
-    for (int64_t t = 0; t < kLanes; ++t) parts[j * kRow + t] = t < tokens ? to_float(rows[t * x.stride + j]) : 0.0f;
-  }
-}
-
-// tile[j] = entry j of every token: real parts are the first kLanes tokens, imaginary parts the next.
-template <typename T>
-void load_tile(Rows x, int64_t tokens, int64_t features, float* tile) {
-  for (int part = 0; part < 2; ++part, tokens -= kLanes) {
-    if (tokens >= kLanes) {
-      load_part<T, true>(x, tokens, features, tile + part * kLanes);
-    } else if (tokens > 0) {
-      load_part<T, false>(x, tokens, features, tile + part * kLanes);
+// A tile's real parts are the first kLanes tokens, its imaginary parts the next.
+void load_signals(Scalar scalar, Rows x, int64_t tokens, int64_t features, float* tile) {
+  with_scalar(scalar, [&]<typename T>(T) {
+    Vector* parts = reinterpret_cast<Vector*>(tile);
+    load_tile<T>(x, tokens, features, parts, 2);
+    if (tokens > kLanes) {
+      load_tile<T>({static_cast<const T*>(x.data) + kLanes * x.stride, x.stride}, tokens - kLanes, features, parts + 1,
+                   2);
     } else {
-      for (int64_t j = 0; j < features; ++j) *reinterpret_cast<Vector*>(tile + j * kRow + part * kLanes) = Vector{};
+      for (int64_t j = 0; j < features; ++j) parts[2 * j + 1] = Vector{};
     }
-    x.data = static_cast<const T*>(x.data) + kLanes * x.stride;
-  }
+  });
 }
 
-template <typename T>
-void add_tile(const float* tile, int64_t tokens, int64_t features, MutableRows y) {
-  for (int part = 0; part < 2; ++part) {
-    const float* parts = tile + part * kLanes;
-    const int64_t left = tokens - part * kLanes < kLanes ? tokens - part * kLanes : kLanes;
-    if (left <= 0) return;
-    T* rows = static_cast<T*>(y.data) + part * kLanes * y.stride;
-    int64_t j = 0;
-    for (; j + kLanes <= features; j += kLanes) {
-      Vector block[kLanes];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes; ++i) block[i] = *reinterpret_cast<const Vector*>(parts + (j + i) * kRow);
-      transpose(block);
-      for (int64_t t = 0; t < left; ++t) add_vector(rows + t * y.stride + j, block[t]);
+void add_signals(Scalar scalar, const float* tile, int64_t tokens, int64_t features, MutableRows y) {
+  with_scalar(scalar, [&]<typename T>(T) {
+    const Vector* parts = reinterpret_cast<const Vector*>(tile);
+    store_tile<T, true>(parts, 2, tokens, features, y);
+    if (tokens > kLanes) {
+      store_tile<T, true>(parts + 1, 2, tokens - kLanes, features,
+                          {static_cast<T*>(y.data) + kLanes * y.stride, y.stride});
     }
-    for (; j < features; ++j) {
-      for (int64_t t = 0; t < left; ++t) {
-        rows[t * y.stride + j] = from_float<T>(to_float(rows[t * y.stride + j]) + parts[j * kRow + t]);
-      }
-    }
-  }
+  });
 }
 
 void mix_bins(const FourierMix& mix, const float* source, float* target) {
@@ -110,13 +74,13 @@ void add_products(const FourierPlaces& places, const FftPlan& out, const float* 
 }
 
 void load_spectrum(const FftPlan& plan, Scalar scalar, int64_t tokens, Rows x, float* tile, float* spare) {
-  with_scalar(scalar, [&]<typename T>(T) { load_tile<T>(x, tokens, plan.length, tile); });
+  load_signals(scalar, x, tokens, plan.length, tile);
   fft_decimate(plan, tile, spare);
 }
 
 void add_synthesis(const FftPlan& plan, Scalar scalar, int64_t tokens, float* tile, MutableRows y, float* spare) {
   fft_combine(plan, tile, spare);
-  with_scalar(scalar, [&]<typename T>(T) { add_tile<T>(tile, tokens, plan.length, y); });
+  add_signals(scalar, tile, tokens, plan.length, y);
 }
 
 int64_t scratch_floats(const FftPlan& one, const FftPlan& other) {
