@@ -17,7 +17,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const FourierLoops& loops() {
+// Tokens that would leave most lanes of a tile empty take narrower ones.
+const FourierLoops& loops(int64_t tokens) {
+#if defined(__x86_64__)
+  if (active_isa() == Isa::avx512 && tokens <= 2 * avx2::fourier.lanes) return avx2::fourier;
+#endif
 #define FASTPEFT_RETURN(isa) \
   if (active_isa() == Isa::isa) return isa::fourier;
   FASTPEFT_FOR_EACH_ISA(FASTPEFT_RETURN)
@@ -93,12 +97,13 @@ void fourier_fwd_(const Tensor& y, const Tensor& x_any, const Tensor& spectrum, 
   const Tensor x = with_contiguous_rows(x_any);
   const Mix mix(x.size(1), y.size(1), spectrum, offsets, sources, entries, scale / 2);
   const Scalar scalar = scalar_of(x, "x");
-  const int64_t tile = 2 * loops().lanes;
+  const FourierLoops& run = loops(tokens);
+  const int64_t tile = 2 * run.lanes;
   torch::stable::parallel_for(0, (tokens + tile - 1) / tile, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(loops().scratch_floats(*mix.source, *mix.target));
+    Scratch scratch(run.scratch_floats(*mix.source, *mix.target));
     for (int64_t first = begin * tile; first < std::min(end * tile, tokens); first += tile) {
-      loops().fwd(mix.view, scalar, std::min(tile, tokens - first), rows_from(x, first), rows_into(y, first),
-                  scratch.data());
+      run.fwd(mix.view, scalar, std::min(tile, tokens - first), rows_from(x, first), rows_into(y, first),
+              scratch.data());
     }
   });
 }
@@ -136,16 +141,17 @@ Tensor fourier_bwd_(const std::optional<Tensor>& dx, const Tensor& grad_any, con
   const FourierPlaces places{count, check_table(rows, "rows", spectrum.size(0), out_features),
                              check_table(cols, "cols", spectrum.size(0), in_features)};
   const Scalar scalar = scalar_of(grad, "grad");
-  const int64_t tile = 2 * loops().lanes, tiles = (tokens + tile - 1) / tile, groups = group_count(tiles, count);
+  const FourierLoops& run = loops(tokens);
+  const int64_t tile = 2 * run.lanes, tiles = (tokens + tile - 1) / tile, groups = group_count(tiles, count);
   std::vector<float> partial(groups * count, 0.0f);
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(loops().scratch_floats(*mix.source, *mix.target));
+    Scratch scratch(run.scratch_floats(*mix.source, *mix.target));
     for (int64_t group = begin; group < end; ++group) {
       const int64_t last = std::min((group + 1) * tiles / groups * tile, tokens);
       for (int64_t first = group * tiles / groups * tile; first < last; first += tile) {
-        loops().bwd(mix.view, scalar, std::min(tile, tokens - first), rows_from(grad, first),
-                    dx ? rows_into(*dx, first) : MutableRows{}, x ? rows_from(*x, first) : Rows{}, places,
-                    partial.data() + group * count, scratch.data());
+        run.bwd(mix.view, scalar, std::min(tile, tokens - first), rows_from(grad, first),
+                dx ? rows_into(*dx, first) : MutableRows{}, x ? rows_from(*x, first) : Rows{}, places,
+                partial.data() + group * count, scratch.data());
       }
     }
   });
