@@ -128,7 +128,7 @@ def test_boft_degrees_of_freedom(llama, block_size, factors, published):
         ),
         # Shard numbers are drawn on the CPU whatever the device: 7 · 2 · 32 · r · l of eight bytes, copied a few times.
         pytest.param(fastpeft.MosConfig(target_modules=SEVEN), 2**21, id="mos"),
-        # For all 64 layers together: index tables and, for a moment, one permutation of 4096² places, drawn as PEFT does.
+        # For all 64 layers: index tables and, for a moment, one permutation of 4096² places, drawn as PEFT does.
         pytest.param(
             fastpeft.FourierFTConfig(n_frequency=1000, target_modules=["q_proj", "v_proj"]),
             8 * 4096**2 + 2**21,

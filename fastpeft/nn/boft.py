@@ -14,6 +14,7 @@ from fastpeft.config import AdapterConfig, require_bool, require_int, require_pr
 from fastpeft.nn.adapter import Adapter, Site
 from fastpeft.nn.linear import AdaptedLinear
 from fastpeft.ops.boft import (
+    apply_boft,
     apply_butterfly,
     boft_blocks,
     butterfly_misfit,
@@ -96,10 +97,9 @@ class BOFTAdapter(Adapter):
 
     def blocks(self) -> Tensor:
         """The orthogonal blocks, (m, in / b, b, b), with dropout while training."""
-        wants_gradient = torch.is_grad_enabled() and self.boft_R.requires_grad
-        if self.training and self.dropout_p > 0:
+        if self._drops():
             return self._drop(boft_blocks(self.boft_R))
-        if wants_gradient or self.boft_R.device.type != "cpu" or torch.compiler.is_compiling():
+        if self._is_trained() or self.boft_R.device.type != "cpu" or torch.compiler.is_compiling():
             return boft_blocks(self.boft_R)
         # Comparing the numbers themselves is far cheaper than the Cayley transform and cannot miss a change, however it
         # was made: in place, through .data, by loading or by moving. On a GPU it would make the host wait.
@@ -108,6 +108,12 @@ class BOFTAdapter(Adapter):
             with torch.inference_mode(False), torch.no_grad():  # kept beyond this call, whatever mode it is in
                 self._cached = (R.clone(), boft_blocks(R))
         return self._cached[1]
+
+    def _is_trained(self) -> bool:
+        return torch.is_grad_enabled() and self.boft_R.requires_grad
+
+    def _drops(self) -> bool:
+        return self.training and self.dropout_p > 0
 
     def _drop(self, blocks: Tensor) -> Tensor:
         """int(p · blocks) blocks of one factor become the identity. Draws what PEFT draws, in the same order."""
@@ -119,6 +125,8 @@ class BOFTAdapter(Adapter):
         return torch.where(mask.to(blocks.device)[:, :, None, None], identity, blocks)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._is_trained() and not self._drops():
+            return apply_boft(x, weight, bias, self.boft_R, self.boft_s)
         return rotated_linear(x, weight, bias, self.blocks(), self.boft_s)
 
     def pre(self, x: Tensor) -> Tensor:

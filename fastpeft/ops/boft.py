@@ -319,27 +319,34 @@ def _scale_of(boft_s: Tensor) -> Tensor:
     return boft_s.reshape(-1).float().contiguous()
 
 
-class RotatedFunction(torch.autograd.Function):
-    """The whole layer in one compiled operator each way. Keeps x, and y before it was scaled if s is trained."""
+class BOFTFunction(torch.autograd.Function):
+    """The whole layer in compiled operators. Keeps x, and y before it was scaled if s is trained.
+
+    matrices: orthogonal blocks, or boft_R where from_R is set, whose Cayley transform is then part of the layer.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, blocks, boft_s):
+    def forward(ctx, x, weight, bias, matrices, boft_s, from_R):
         need_s = ctx.needs_input_grad[4]
-        scale = _scale_of(boft_s)
-        y, y0 = BOFT_FWD.call("native", x, weight, bias, blocks, scale, need_s)
+        blocks = CAYLEY_FWD.call("native", matrices) if from_R else matrices
+        y, y0 = BOFT_FWD.call("native", x, weight, bias, blocks, _scale_of(boft_s), need_s)
         ctx.save_for_backward(x, weight, bias, blocks, boft_s, y0 if need_s else None)
+        ctx.from_R = from_R
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        need_x, _, _, need_blocks, _ = ctx.needs_input_grad
+        need_x, _, _, need_blocks, *_ = ctx.needs_input_grad
         x, weight, bias, blocks, boft_s, y0 = ctx.saved_tensors
-        scale = _scale_of(boft_s)
         with base.without_autocast(grad):
-            dx, dblocks, ds = BOFT_BWD.call("native", grad, x, weight, bias, blocks, scale, y0, need_x, need_blocks)
+            dx, dblocks, ds = BOFT_BWD.call(
+                "native", grad, x, weight, bias, blocks, _scale_of(boft_s), y0, need_x, need_blocks
+            )
+        if ctx.from_R and need_blocks:
+            dblocks = CAYLEY_BWD.call("native", dblocks, blocks)
         ds = None if y0 is None else ds.reshape(boft_s.shape).to(boft_s.dtype)
-        return dx if need_x else None, None, None, dblocks if need_blocks else None, ds
+        return dx if need_x else None, None, None, dblocks if need_blocks else None, ds, None
 
 
 def rotated_linear(
@@ -350,19 +357,31 @@ def rotated_linear(
     boft_s: Tensor,  # (out, 1)
 ) -> Tensor:  # (..., out)
     """y = ((x R) Wᵀ) ⊙ s + b from orthogonal blocks that are at hand."""
-    if blocks.device != x.device:
-        raise ValueError(f"x must be on the adapter's device, {blocks.device}, got {x.device}")
-    wanted = BOFT_FWD.choose(x) == "native" and blocks.dtype == torch.float32 and boft_s.dtype != torch.float64
-    if not wanted or not base.is_frozen(weight, bias):
-        return scale_rows(F.linear(apply_butterfly(x, blocks), weight, bias), boft_s, bias)
-    return base.through_autocast(_rotated_linear, x, weight, bias, blocks, boft_s)
+    if _in_one_operator(x, weight, bias, blocks, boft_s):
+        return base.through_autocast(_apply, x, weight, bias, blocks, boft_s, False)
+    return scale_rows(F.linear(apply_butterfly(x, blocks), weight, bias), boft_s, bias)
 
 
-def _rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, boft_s: Tensor) -> Tensor:
+def apply_boft(x: Tensor, weight: Tensor, bias: Tensor | None, boft_R: Tensor, boft_s: Tensor) -> Tensor:
+    """boft_linear for arguments that are known to fit."""
+    if _in_one_operator(x, weight, bias, boft_R, boft_s):
+        return base.through_autocast(_apply, x, weight, bias, boft_R, boft_s, True)
+    return rotated_linear(x, weight, bias, boft_blocks(boft_R), boft_s)
+
+
+def _in_one_operator(x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Tensor, boft_s: Tensor) -> bool:
+    if matrices.device != x.device:
+        raise ValueError(f"x must be on the adapter's device, {matrices.device}, got {x.device}")
+    native = BOFT_FWD.choose(x) == "native" and matrices.dtype == torch.float32 and boft_s.dtype != torch.float64
+    return native and base.is_frozen(weight, bias)
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Tensor, boft_s: Tensor, from_R: bool) -> Tensor:
     rows = base.as_rows(x)
-    if base.needs_autograd(x, blocks, boft_s):
-        y = RotatedFunction.apply(rows, weight, bias, blocks, boft_s)
+    if base.needs_autograd(x, matrices, boft_s):
+        y = BOFTFunction.apply(rows, weight, bias, matrices, boft_s, from_R)
     else:
+        blocks = CAYLEY_FWD.call("native", matrices) if from_R else matrices
         y, _ = BOFT_FWD.call("native", rows, weight, bias, blocks, _scale_of(boft_s), False)
     return base.like_rows(y, x)
 
@@ -401,4 +420,4 @@ def boft_linear(
     base.check_same_device(x, boft_R=boft_R, boft_s=boft_s)
     if BUTTERFLY_FWD.choose(x) == "reference":
         return reference.boft.boft_linear(x, weight, bias, boft_R, boft_s)
-    return rotated_linear(x, weight, bias, boft_blocks(boft_R), boft_s)
+    return apply_boft(x, weight, bias, boft_R, boft_s)
