@@ -22,16 +22,46 @@ constexpr int kLanes = 4;
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 
+typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+// The conversions of common/half.h on vectors. Written out, because compilers do not vectorise them by themselves.
+inline Vector widen(Bits half, BFloat16) { return reinterpret_cast<Vector>(half << 16); }
+
+inline Vector widen(Bits half, Float16) {
+  const Bits magnitude = (half & 0x7fffu) << 13;
+  const Bits finite = reinterpret_cast<Bits>(reinterpret_cast<Vector>(magnitude) * 0x1p112f);
+  const Bits bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : finite;
+  return reinterpret_cast<Vector>(bits | (half & 0x8000u) << 16);
+}
+
+inline Bits narrow(Bits bits, BFloat16) {
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16 | 0x40u) : rounded;
+}
+
+inline Bits narrow(Bits bits, Float16) {
+  const Bits magnitude = bits & 0x7fffffffu;
+  const Bits subnormal = reinterpret_cast<Bits>(reinterpret_cast<Vector>(magnitude) + 0.5f) - 0x3f000000u;
+  const Bits normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const Bits infinite = Bits{} + 0x7c00u, nan = Bits{} + 0x7e00u;
+  const Bits special = magnitude > 0x7f800000u ? nan : infinite;
+  const Bits half = magnitude >= 0x47800000u ? special : magnitude < 0x38800000u ? subnormal : normal;
+  return half | (bits >> 16 & 0x8000u);
+}
+
 // Elements of a row side by side, unaligned.
 template <typename T>
 inline Vector load_vector(const T* from) {
-  Vector value;
   if constexpr (sizeof(T) == sizeof(float)) {
+    Vector value;
     __builtin_memcpy(&value, from, sizeof(value));
+    return value;
   } else {
-    for (int lane = 0; lane < kLanes; ++lane) value[lane] = to_float(from[lane]);
+    Halves halves;
+    __builtin_memcpy(&halves, from, sizeof(halves));
+    return widen(__builtin_convertvector(halves, Bits), T{});
   }
-  return value;
 }
 
 template <typename T>
@@ -39,7 +69,8 @@ inline void store_vector(T* to, Vector value) {
   if constexpr (sizeof(T) == sizeof(float)) {
     __builtin_memcpy(to, &value, sizeof(value));
   } else {
-    for (int lane = 0; lane < kLanes; ++lane) to[lane] = from_float<T>(value[lane]);
+    const Halves halves = __builtin_convertvector(narrow(reinterpret_cast<Bits>(value), T{}), Halves);
+    __builtin_memcpy(to, &halves, sizeof(halves));
   }
 }
 
