@@ -360,7 +360,7 @@ def test_mos_opcheck(size: tuple[int, ...], dtype: torch.dtype):
 @pytest.mark.parametrize(
     "place, value, message",
     [
-        (0, torch.zeros(4, 3), "x must have shape"),
+        (0, torch.zeros(4, 3), "(x|weight) must have shape"),
         (0, torch.zeros(3, 6), "index_A must lie in"),
         (1, torch.full((2, 2), 4), "index_A must lie in"),
         (1, torch.full((2, 2), -1), "index_A must lie in"),
