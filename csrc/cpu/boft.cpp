@@ -56,7 +56,7 @@ constexpr int64_t kGrainWork = 1 << 17;
 Tensor butterfly_fwd(const Tensor& x_any, const Tensor& blocks_any) {
   const ButterflyShape shape = check_shape(x_any, blocks_any);
   const Tensor x = with_contiguous_rows(x_any);
-  const Tensor blocks = torch::stable::contiguous(blocks_any);
+  const Tensor blocks = as_contiguous(blocks_any);
   const int64_t tokens = x.size(0), d = shape.features;
   Tensor y = torch::stable::new_empty(x, {tokens, d});
   if (tokens == 0 || d == 0) return y;
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor> butterfly_bwd(const Tensor& grad_any, const Tensor& x
                   "butterfly: grad must have the shape and dtype of x");
   const Tensor x = with_contiguous_rows(x_any);
   const Tensor grad = with_contiguous_rows(grad_any);
-  const Tensor blocks = torch::stable::contiguous(blocks_any);
+  const Tensor blocks = as_contiguous(blocks_any);
   const int64_t tokens = x.size(0), d = shape.features;
   Tensor dx = torch::stable::new_empty(x, {need_x ? tokens : 0, d});
   Tensor dblocks =

@@ -47,7 +47,7 @@ void for_each_group(const Tensor& blocks, Run run) {
 // The orthogonal blocks of the trained ones.
 Tensor cayley_fwd(const Tensor& r_any) {
   check_blocks(r_any, "boft_R");
-  const Tensor r = torch::stable::contiguous(r_any);
+  const Tensor r = as_contiguous(r_any);
   Tensor q = torch::stable::new_empty(r, {r.size(0), r.size(1), r.size(2), r.size(3)});
   const float* from = static_cast<const float*>(r.const_data_ptr());
   float* to = static_cast<float*>(q.mutable_data_ptr());
@@ -60,7 +60,7 @@ Tensor cayley_fwd(const Tensor& r_any) {
 Tensor cayley_bwd(const Tensor& grad_any, const Tensor& q_any) {
   check_blocks(grad_any, "grad");
   check_blocks(q_any, "blocks");
-  const Tensor grad = torch::stable::contiguous(grad_any), q = torch::stable::contiguous(q_any);
+  const Tensor grad = as_contiguous(grad_any), q = as_contiguous(q_any);
   STD_TORCH_CHECK(grad.size(0) == q.size(0) && grad.size(1) == q.size(1) && grad.size(2) == q.size(2),
                   "cayley: grad must have the shape of blocks");
   Tensor dr = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});

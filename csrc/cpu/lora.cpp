@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor> lora_fwd(const Tensor& x, const std::optional<Tensor>
   STD_TORCH_CHECK(x.size(1) == sizes.in_features, "lora: x has ", x.size(1), " features, lora_A ", sizes.in_features);
   const Tensor y = base_product(x, weight, bias, sizes.out_features);
   Tensor h = torch::stable::new_empty(lora_A, {sizes.tokens, sizes.rank});
-  const Tensor a = torch::stable::contiguous(lora_A);
+  const Tensor a = as_contiguous(lora_A);
   Scratch scratch(sizes.out_features * sizes.rank);
   const auto a_rows = rows_table(static_cast<const float*>(a.const_data_ptr()), sizes.rank, sizes.in_features);
   const auto b_rows = rows_table(transposed_B(lora_B, sizes, scratch.data()), sizes.rank, sizes.out_features);
@@ -100,31 +101,35 @@ std::tuple<Tensor, Tensor, Tensor> lora_bwd(const Tensor& grad, const std::optio
                     "lora: h must be float32 of shape (", sizes.tokens, ", ", sizes.rank, ")");
   }
   std::optional<Tensor> h;
-  if (h_any) h = torch::stable::contiguous(*h_any);
+  if (h_any) h = as_contiguous(*h_any);
   const std::optional<Tensor> dx =
       need_x ? std::optional(base_gradient(grad, weight, sizes.in_features)) : std::nullopt;
-  Tensor dA = torch::stable::new_zeros(lora_A, {x ? sizes.rank : 0, sizes.in_features});
-  const bool transposed = by_columns(lora_B);
-  Tensor dB_transposed = torch::stable::new_zeros(lora_B, {h ? sizes.rank : 0, sizes.out_features});
+  Tensor dA = torch::stable::new_empty(lora_A, {x ? sizes.rank : 0, sizes.in_features});
+  const bool transposed = by_columns(lora_B) && h;
+  Tensor dB = transposed ? torch::stable::new_empty(lora_B, {sizes.rank, sizes.out_features})
+                         : torch::stable::new_empty(lora_B, {h ? sizes.out_features : 0, sizes.rank});
 
-  const Tensor a = torch::stable::contiguous(lora_A);
-  Scratch scratch(sizes.out_features * sizes.rank);
+  const Tensor a = as_contiguous(lora_A);
+  // B transposed, and its gradient likewise, where they do not lie like that already.
+  const int64_t matrix = sizes.out_features * sizes.rank;
+  Scratch scratch(2 * matrix);
+  float* da_data = static_cast<float*>(dA.mutable_data_ptr());
+  float* db_data = transposed ? static_cast<float*>(dB.mutable_data_ptr()) : scratch.data() + matrix;
+  std::fill_n(da_data, x ? sizes.rank * sizes.in_features : 0, 0.0f);
+  std::fill_n(db_data, h ? matrix : 0, 0.0f);
   const auto a_rows = rows_table(static_cast<const float*>(a.const_data_ptr()), sizes.rank, sizes.in_features);
   const auto b_rows = rows_table(transposed_B(lora_B, sizes, scratch.data()), sizes.rank, sizes.out_features);
-  const auto da_rows = rows_table(static_cast<float*>(dA.mutable_data_ptr()), sizes.rank, sizes.in_features);
-  float* db_data = static_cast<float*>(dB_transposed.mutable_data_ptr());
+  const auto da_rows = rows_table(da_data, sizes.rank, sizes.in_features);
   const auto db_rows = rows_table(db_data, sizes.rank, sizes.out_features);
   low_rank_bwd({a_rows.view(), b_rows.view(), scaling}, grad, x,
                h ? static_cast<const float*>(h->const_data_ptr()) : nullptr, dx,
                {da_rows.view(), db_rows.view(), scaling});
-
-  Tensor dB = h && transposed ? torch::stable::transpose(dB_transposed, 0, 1)
-                              : torch::stable::new_empty(lora_B, {h ? sizes.out_features : 0, sizes.rank});
   if (h && !transposed) {
     lora_loops().transpose(db_data, sizes.out_features, sizes.rank, sizes.out_features,
                            static_cast<float*>(dB.mutable_data_ptr()), sizes.rank);
   }
-  return {dx ? *dx : torch::stable::new_empty(grad, {0, sizes.in_features}), dA, dB};
+  return {dx ? *dx : torch::stable::new_empty(grad, {0, sizes.in_features}), dA,
+          transposed ? torch::stable::transpose(dB, 0, 1) : dB};
 }
 
 }  // namespace

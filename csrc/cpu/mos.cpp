@@ -103,7 +103,7 @@ Tensor mos_bwd_(const std::optional<Tensor>& dpool_A, const std::optional<Tensor
                     "), dpool_B have the shape of pool_B");
   }
   std::optional<Tensor> h;
-  if (h_any) h = torch::stable::contiguous(*h_any);
+  if (h_any) h = as_contiguous(*h_any);
   const std::optional<Tensor> dx = need_x ? std::optional(base_gradient(grad, weight, m.a.features())) : std::nullopt;
   ShardTable da{{}, m.a.rank, m.a.per_row, m.a.width}, db{{}, m.b.rank, m.b.per_row, m.b.width};
   if (x) da = shards_of(static_cast<float*>(dpool_A->mutable_data_ptr()), pool_A, index_A, "index_A");

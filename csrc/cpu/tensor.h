@@ -27,6 +27,11 @@ inline Scalar scalar_of(const torch::stable::Tensor& tensor, const char* name) {
                                         : Scalar::float16;
 }
 
+// Without a call where nothing is to be done: one through the dispatcher takes as long as a small kernel.
+inline torch::stable::Tensor as_contiguous(const torch::stable::Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // The loops take any distance between rows, but elements of a row side by side.
 inline torch::stable::Tensor with_contiguous_rows(const torch::stable::Tensor& tensor) {
   return tensor.stride(1) == 1 || tensor.size(1) == 1 ? tensor : torch::stable::contiguous(tensor);

@@ -49,15 +49,16 @@ class Adapted(nn.Module):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # named as nn.Linear names it
         if self._merged or not self.active:
             return super().forward(input, *args, **kwargs)
-        adapters = [self.adapter(name) for name in self.active]
         # Parameters are looked up in their own dictionary, which attribute access comes to last; replicas, as
         # nn.DataParallel makes them, keep theirs as attributes.
         weight = self._parameters.get("weight")
         weight = self.weight if weight is None else weight
         plain = self._base_is_linear and type(weight) in (nn.Parameter, Tensor)
-        check_input(input, adapters[0].in_features, weight if plain else None)
-        if plain and len(adapters) == 1:
-            return adapters[0].linear(input, weight, self.bias, *args, **kwargs)
+        first = self.adapter(self.active[0])
+        check_input(input, first.in_features, weight if plain else None)
+        if plain and len(self.active) == 1:
+            return first.linear(input, weight, self.bias, *args, **kwargs)
+        adapters = [self.adapter(name) for name in self.active]
         # y = post(W · pre(x) + b) + Σ delta(x). Rotations compose as PEFT's do: the last is the first to act on x.
         rotations = [adapter for adapter in adapters if adapter.rotates]
         z = input

@@ -78,7 +78,7 @@ class LoRAAdapter(Adapter):
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if dropout_active(self.dropout):
+        if self.config.lora_dropout > 0 and dropout_active(self.dropout):
             return nn.functional.linear(x, weight, bias) + self.delta(x)
         return apply_lora(x, weight, bias, self.lora_A, self.lora_B, self.scaling)
 

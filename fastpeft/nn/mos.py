@@ -183,7 +183,7 @@ class MoSAdapter(Adapter):
                 check_index(f"{source}: {key}", tensors[key], adapter.pool_A.shape[0])
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if dropout_active(self.dropout):
+        if self.config.lora_dropout > 0 and dropout_active(self.dropout):
             return nn.functional.linear(x, weight, bias) + self.delta(x)
         return apply_mos(x, weight, bias, *self.shards(), self.scaling)
 
