@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -115,15 +114,12 @@ std::tuple<Tensor, Tensor, Tensor> lora_bwd(const Tensor& grad, const std::optio
   Scratch scratch(2 * matrix);
   float* da_data = static_cast<float*>(dA.mutable_data_ptr());
   float* db_data = transposed ? static_cast<float*>(dB.mutable_data_ptr()) : scratch.data() + matrix;
-  std::fill_n(da_data, x ? sizes.rank * sizes.in_features : 0, 0.0f);
-  std::fill_n(db_data, h ? matrix : 0, 0.0f);
   const auto a_rows = rows_table(static_cast<const float*>(a.const_data_ptr()), sizes.rank, sizes.in_features);
   const auto b_rows = rows_table(transposed_B(lora_B, sizes, scratch.data()), sizes.rank, sizes.out_features);
   const auto da_rows = rows_table(da_data, sizes.rank, sizes.in_features);
   const auto db_rows = rows_table(db_data, sizes.rank, sizes.out_features);
-  low_rank_bwd({a_rows.view(), b_rows.view(), scaling}, grad, x,
-               h ? static_cast<const float*>(h->const_data_ptr()) : nullptr, dx,
-               {da_rows.view(), db_rows.view(), scaling});
+  low_rank_bwd({a_rows.view(), b_rows.view(), scaling}, grad, x, h ? floats_of(*h) : nullptr, dx,
+               {da_rows.view(), db_rows.view(), scaling}, false);
   if (h && !transposed) {
     lora_loops().transpose(db_data, sizes.out_features, sizes.rank, sizes.out_features,
                            static_cast<float*>(dB.mutable_data_ptr()), sizes.rank);

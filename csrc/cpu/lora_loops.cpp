@@ -111,7 +111,7 @@ inline void expand_columns(const float* h, const Shards& m, MutableRows y, int64
 // One vector of columns, kRanks rows of the result in registers over all tokens.
 template <typename T, int kRanks, typename Load, typename Store>
 inline void correlate_tile(const float* h, Rows x, int64_t tokens, float scale, const Shards& m, int64_t r, int64_t k,
-                           int64_t j, Load load, Store store) {
+                           int64_t j, bool add, Load load, Store store) {
   Vector totals[kRanks] = {};
   for (int64_t first = 0; first < tokens; first += kPartialTokens) {
     const int64_t last = first + kPartialTokens < tokens ? first + kPartialTokens : tokens;
@@ -127,20 +127,20 @@ inline void correlate_tile(const float* h, Rows x, int64_t tokens, float scale, 
 #pragma GCC unroll 16
   for (int n = 0; n < kRanks; ++n) {
     float* to = const_cast<float*>(m.shards[(r + n) * m.per_row + k]) + j;
-    store(to, load(to) + scale * totals[n]);
+    store(to, add ? load(to) + scale * totals[n] : scale * totals[n]);
   }
 }
 
 template <typename T, typename Load, typename Store>
 inline void correlate_ranks(const float* h, Rows x, int64_t tokens, float scale, const Shards& m, int64_t k, int64_t j,
-                            Load load, Store store) {
+                            bool add, Load load, Store store) {
   int64_t r = 0;
   if constexpr (kLanes == 16) {  // 32 registers hold the sums of 16 ranks
-    for (; r + 16 <= m.rank; r += 16) correlate_tile<T, 16>(h, x, tokens, scale, m, r, k, j, load, store);
+    for (; r + 16 <= m.rank; r += 16) correlate_tile<T, 16>(h, x, tokens, scale, m, r, k, j, add, load, store);
   }
-  for (; r + 8 <= m.rank; r += 8) correlate_tile<T, 8>(h, x, tokens, scale, m, r, k, j, load, store);
-  for (; r + 2 <= m.rank; r += 2) correlate_tile<T, 2>(h, x, tokens, scale, m, r, k, j, load, store);
-  for (; r < m.rank; ++r) correlate_tile<T, 1>(h, x, tokens, scale, m, r, k, j, load, store);
+  for (; r + 8 <= m.rank; r += 8) correlate_tile<T, 8>(h, x, tokens, scale, m, r, k, j, add, load, store);
+  for (; r + 2 <= m.rank; r += 2) correlate_tile<T, 2>(h, x, tokens, scale, m, r, k, j, add, load, store);
+  for (; r < m.rank; ++r) correlate_tile<T, 1>(h, x, tokens, scale, m, r, k, j, add, load, store);
 }
 
 void project(Scalar scalar, Rows x, const Shards& m, int64_t tokens, float scale, float* h) {
@@ -161,18 +161,18 @@ void expand(Scalar scalar, const float* h, const Shards& m, int64_t tokens, Muta
 }
 
 void correlate(Scalar scalar, const float* h, Rows x, int64_t tokens, float scale, const Shards& m, int64_t first,
-               int64_t last) {
+               int64_t last, bool add) {
   with_scalar(scalar, [&]<typename T>(T) {
     for (int64_t k = 0; k < m.per_row; ++k) {
       int64_t j = first;
       for (; j + kLanes <= last; j += kLanes) {
         correlate_ranks<T>(
-            h, x, tokens, scale, m, k, j, [](const auto* from) { return load_vector(from); },
+            h, x, tokens, scale, m, k, j, add, [](const auto* from) { return load_vector(from); },
             [](float* to, Vector value) { store_vector(to, value); });
       }
       if (const int64_t rest = last - j; rest > 0) {
         correlate_ranks<T>(
-            h, x, tokens, scale, m, k, j, [rest](const auto* from) { return load_some(from, rest); },
+            h, x, tokens, scale, m, k, j, add, [rest](const auto* from) { return load_some(from, rest); },
             [rest](float* to, Vector value) { store_some(to, value, rest); });
       }
     }

@@ -25,10 +25,10 @@ struct LoraLoops {
   // y[t, j] += sum_r h[t, r] m[r, j]
   void (*expand)(Scalar scalar, const float* h, const Shards& m, int64_t tokens, MutableRows y);
 
-  // m[r, j] += scale * sum_t h[t, r] x[t, j], m's floats being writable, for the columns [first, last) of every shard:
-  // a shard may stand in several places, but no two such ranges meet.
+  // m[r, j] = scale * sum_t h[t, r] x[t, j], or m[r, j] += where `add` is set, m's floats being writable, for the
+  // columns [first, last) of every shard: a shard may stand in several places, but no two such ranges meet.
   void (*correlate)(Scalar scalar, const float* h, Rows x, int64_t tokens, float scale, const Shards& m, int64_t first,
-                    int64_t last);
+                    int64_t last, bool add);
 
   // out[j, i] = in[i, j]
   void (*transpose)(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out, int64_t out_stride);

@@ -43,6 +43,11 @@ ShardTable rows_table(const float* rows, int64_t rank, int64_t width) {
   return table;
 }
 
+const float* floats_of(const Tensor& h) {
+  static const float nothing = 0.0f;
+  return h.numel() == 0 ? &nothing : static_cast<const float*>(h.const_data_ptr());
+}
+
 void low_rank_fwd(const LowRank& m, const Tensor& x_any, const Tensor& y, float* h) {
   const Tensor x = with_contiguous_rows(x_any);
   const Scalar scalar = scalar_of(x, "x");
@@ -56,7 +61,7 @@ void low_rank_fwd(const LowRank& m, const Tensor& x_any, const Tensor& y, float*
 }
 
 void low_rank_bwd(const LowRank& m, const Tensor& grad_any, const std::optional<Tensor>& x_any, const float* h,
-                  const std::optional<Tensor>& dx, const LowRank& gradients) {
+                  const std::optional<Tensor>& dx, const LowRank& gradients, bool add) {
   const Tensor grad = with_contiguous_rows(grad_any);
   const std::optional<Tensor> x = x_any ? std::optional(with_contiguous_rows(*x_any)) : std::nullopt;
   const Scalar scalar = scalar_of(grad, "grad");
@@ -77,10 +82,10 @@ void low_rank_bwd(const LowRank& m, const Tensor& grad_any, const std::optional<
     for (int64_t task = begin; task < end; ++task) {
       if (task < a_tasks) {
         const int64_t first = task * kColumns, last = std::min(first + kColumns, m.a.width);
-        lora_loops().correlate(scalar, grad_B, rows_from(*x, 0), tokens, 1.0f, gradients.a, first, last);
+        lora_loops().correlate(scalar, grad_B, rows_from(*x, 0), tokens, 1.0f, gradients.a, first, last, add);
       } else {
         const int64_t first = (task - a_tasks) * kColumns, last = std::min(first + kColumns, m.b.width);
-        lora_loops().correlate(scalar, h, rows_from(grad, 0), tokens, float(m.scaling), gradients.b, first, last);
+        lora_loops().correlate(scalar, h, rows_from(grad, 0), tokens, float(m.scaling), gradients.b, first, last, add);
       }
     }
   });

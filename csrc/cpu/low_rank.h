@@ -29,13 +29,16 @@ struct LowRank {
   double scaling;
 };
 
+// The address of h's numbers; never null, as that of a tensor without any may be.
+const float* floats_of(const torch::stable::Tensor& h);
+
 // h = x A^T, y += scaling * h B^T.
 void low_rank_fwd(const LowRank& m, const torch::stable::Tensor& x, const torch::stable::Tensor& y, float* h);
 
-// With gB = scaling * grad B: dx += gB A if dx is given, gradients.a += gB^T x if x is given, and
-// gradients.b += scaling * h^T grad if h is given. Tasks of the last two own columns of the result with all their
-// tokens, so that every sum has one order, whatever the number of threads.
+// With gB = scaling * grad B: dx += gB A if dx is given, gradients.a = gB^T x if x is given, and
+// gradients.b = scaling * h^T grad if h is given; the last two are added where `add` is set. Tasks of the last two own
+// columns of the result with all their tokens, so that every sum has one order, whatever the number of threads.
 void low_rank_bwd(const LowRank& m, const torch::stable::Tensor& grad, const std::optional<torch::stable::Tensor>& x,
-                  const float* h, const std::optional<torch::stable::Tensor>& dx, const LowRank& gradients);
+                  const float* h, const std::optional<torch::stable::Tensor>& dx, const LowRank& gradients, bool add);
 
 }  // namespace fastpeft

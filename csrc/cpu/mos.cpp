@@ -108,8 +108,7 @@ Tensor mos_bwd_(const std::optional<Tensor>& dpool_A, const std::optional<Tensor
   ShardTable da{{}, m.a.rank, m.a.per_row, m.a.width}, db{{}, m.b.rank, m.b.per_row, m.b.width};
   if (x) da = shards_of(static_cast<float*>(dpool_A->mutable_data_ptr()), pool_A, index_A, "index_A");
   if (h) db = shards_of(static_cast<float*>(dpool_B->mutable_data_ptr()), pool_B, index_B, "index_B");
-  low_rank_bwd(m, grad, x, h ? static_cast<const float*>(h->const_data_ptr()) : nullptr, dx,
-               {da.view(), db.view(), scaling});
+  low_rank_bwd(m, grad, x, h ? floats_of(*h) : nullptr, dx, {da.view(), db.view(), scaling}, true);
   return dx ? *dx : torch::stable::new_empty(grad, {0, m.a.features()});
 }
 

@@ -87,7 +87,7 @@ void check_case(const Case& c, Scalar scalar, bool shared) {
     const Matrix m("lora.correlate.m", c, shared);
     for (int64_t first = 0; first < c.width; first += columns) {
       loops.lora.correlate(scalar, h.floats(), x.rows(), c.tokens, float(scale), m.view, first,
-                           std::min(first + columns, c.width));
+                           std::min(first + columns, c.width), true);
     }
     std::vector<std::vector<Terms>> wanted(m.pool.size(), std::vector<Terms>(c.width));
     for (int64_t place = 0; place < c.rank * c.per_row; ++place) {

@@ -152,7 +152,7 @@ void run_lora(Scalar scalar, int64_t per_row, int64_t width) {
     const std::vector<const float*> into = shards_of(sums);
     parallel_tiles(threads, width, 6, [&](int64_t first, int64_t count) {
       loops.lora.correlate(scalar, h.floats(), x.rows(), tokens, 0.5f, {into.data(), rank, per_row, width}, first,
-                           first + count);
+                           first + count, true);
     });
     return sums.bits();
   });
