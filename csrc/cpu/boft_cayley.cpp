@@ -32,7 +32,7 @@ void check_blocks(const Tensor& blocks, const char* name) {
 // Calls run(first block, count, scratch) for all blocks, as many at a time as there are lanes.
 template <typename Run>
 void for_each_group(const Tensor& blocks, Run run) {
-  constexpr int64_t kGrainWork = 1 << 19;  // multiply-adds from which on another thread is worth waking
+  constexpr int64_t kGrainWork = 1 << 18;  // multiply-adds from which on another thread is worth waking
   const int64_t count = blocks.size(0) * blocks.size(1), block = blocks.size(2), lanes = loops().lanes;
   if (count * block == 0) return;
   const int64_t grain = 1 + kGrainWork / (lanes * block * block * block);

@@ -9,17 +9,26 @@
 namespace fastpeft::FASTPEFT_ISA {
 namespace {
 
-// A matrix of vectors: entry (i, j) of every lane's block.
+// A matrix of vectors: entry (i, j) of every lane's block. Its size is known to the compiler, or kSize is 0.
+template <int64_t kSize>
 struct Matrix {
   Vector* data;
-  int64_t size;
+  int64_t runtime_size;
 
-  Vector& operator()(int64_t i, int64_t j) const { return data[i * size + j]; }
+  int64_t size() const { return kSize ? kSize : runtime_size; }
+  Vector& operator()(int64_t i, int64_t j) const { return data[i * size() + j]; }
 };
 
+// Rows or columns that are worked on side by side, so that a sum need not wait for itself.
+template <int64_t kSize>
+constexpr int64_t kTogether = kSize == 0  ? 1
+                              : kSize < 8 ? kSize
+                                          : 8;
+
 // Missing blocks are zeros.
-void load_blocks(const float* blocks, int64_t count, Matrix to) {
-  const int64_t entries = to.size * to.size;
+template <int64_t kSize>
+void load_blocks(const float* blocks, int64_t count, Matrix<kSize> to) {
+  const int64_t entries = to.size() * to.size();
   for (int64_t e = 0; e < entries; e += kLanes) {
     const int64_t width = entries - e < kLanes ? entries - e : kLanes;
     Vector rows[kLanes];
@@ -32,8 +41,9 @@ void load_blocks(const float* blocks, int64_t count, Matrix to) {
   }
 }
 
-void store_blocks(Matrix from, int64_t count, float* blocks) {
-  const int64_t entries = from.size * from.size;
+template <int64_t kSize>
+void store_blocks(Matrix<kSize> from, int64_t count, float* blocks) {
+  const int64_t entries = from.size() * from.size();
   for (int64_t e = 0; e < entries; e += kLanes) {
     const int64_t width = entries - e < kLanes ? entries - e : kLanes;
     Vector rows[kLanes];
@@ -51,8 +61,9 @@ void store_blocks(Matrix from, int64_t count, float* blocks) {
 }
 
 // m = m - m^T, halved.
-void take_skew_part(Matrix m) {
-  for (int64_t i = 0; i < m.size; ++i) {
+template <int64_t kSize>
+void take_skew_part(Matrix<kSize> m) {
+  for (int64_t i = 0; i < m.size(); ++i) {
     m(i, i) = Vector{};
     for (int64_t j = 0; j < i; ++j) {
       const Vector skew = 0.5f * (m(i, j) - m(j, i));
@@ -64,8 +75,10 @@ void take_skew_part(Matrix m) {
 
 int64_t scratch_floats(int64_t block) { return 3 * block * block * kLanes; }
 
-void fwd(const float* r, int64_t count, int64_t block, float* q, float* scratch) {
-  const Matrix lu{reinterpret_cast<Vector*>(scratch), block}, result{lu.data + block * block, block};
+template <int64_t kSize>
+void fwd_size(const float* r, int64_t count, int64_t runtime_block, float* q, float* scratch) {
+  const int64_t block = kSize ? kSize : runtime_block;
+  const Matrix<kSize> lu{reinterpret_cast<Vector*>(scratch), block}, result{lu.data + block * block, block};
   load_blocks(r, count, lu);
   take_skew_part(lu);
   for (int64_t i = 0; i < block; ++i) {
@@ -73,52 +86,92 @@ void fwd(const float* r, int64_t count, int64_t block, float* q, float* scratch)
     result(i, i) = lu(i, i) = Vector{} + 1.0f;
   }
   // I + S = L U with ones on the diagonal of L; the diagonal of U is kept inverted.
-  for (int64_t i = 0; i < block; ++i) {
-    for (int64_t j = 0; j < block; ++j) {
-      Vector sum = lu(i, j);
-      for (int64_t k = 0; k < (i < j ? i : j); ++k) sum -= lu(i, k) * lu(k, j);
-      lu(i, j) = j < i ? sum * lu(j, j) : sum;
+  for (int64_t k = 0; k < block; ++k) {
+    lu(k, k) = 1.0f / lu(k, k);
+    for (int64_t i = k + 1; i < block; ++i) {
+      const Vector factor = lu(i, k) = lu(i, k) * lu(k, k);
+      for (int64_t j = k + 1; j < block; ++j) lu(i, j) -= factor * lu(k, j);
     }
-    lu(i, i) = 1.0f / lu(i, i);
   }
-  // Q L U = I - S, row by row: first by U from the left, then by L from the right.
-  for (int64_t i = 0; i < block; ++i) {
-    for (int64_t j = 0; j < block; ++j) {
-      Vector sum = result(i, j);
-      for (int64_t k = 0; k < j; ++k) sum -= result(i, k) * lu(k, j);
-      result(i, j) = sum * lu(j, j);
-    }
-    for (int64_t j = block - 2; j >= 0; --j) {
-      Vector sum = result(i, j);
-      for (int64_t k = j + 1; k < block; ++k) sum -= result(i, k) * lu(k, j);
-      result(i, j) = sum;
-    }
+  // Q L U = I - S, some rows at a time, which do not wait for each other: by U from the left, then by L from the right.
+  constexpr int64_t kRows = kTogether<kSize>;
+  for (int64_t i = 0; i < block; i += kRows) {
+    const auto eliminate = [&](int64_t j, int64_t first, int64_t last, Vector scale) {
+      Vector sums[kRows];
+#pragma GCC unroll 8
+      for (int n = 0; n < kRows; ++n) sums[n] = result(i + n, j);
+      for (int64_t k = first; k < last; ++k) {
+#pragma GCC unroll 8
+        for (int n = 0; n < kRows; ++n) sums[n] -= result(i + n, k) * lu(k, j);
+      }
+#pragma GCC unroll 8
+      for (int n = 0; n < kRows; ++n) result(i + n, j) = sums[n] * scale;
+    };
+    for (int64_t j = 0; j < block; ++j) eliminate(j, 0, j, lu(j, j));
+    for (int64_t j = block - 2; j >= 0; --j) eliminate(j, j + 1, block, Vector{} + 1.0f);
   }
   store_blocks(result, count, q);
 }
 
-void bwd(const float* grad, const float* q, int64_t count, int64_t block, float* dr, float* scratch) {
-  const Matrix g{reinterpret_cast<Vector*>(scratch), block}, p{g.data + block * block, block},
+template <int64_t kSize>
+void bwd_size(const float* grad, const float* q, int64_t count, int64_t runtime_block, float* dr, float* scratch) {
+  const int64_t block = kSize ? kSize : runtime_block;
+  const Matrix<kSize> g{reinterpret_cast<Vector*>(scratch), block}, p{g.data + block * block, block},
       product{p.data + block * block, block};
   load_blocks(grad, count, g);
   load_blocks(q, count, p);
   for (int64_t i = 0; i < block; ++i) p(i, i) += 1.0f;
+  constexpr int64_t kColumns = kTogether<kSize>;
   for (int64_t i = 0; i < block; ++i) {  // P^T G
-    for (int64_t j = 0; j < block; ++j) {
-      Vector sum = {};
-      for (int64_t k = 0; k < block; ++k) sum += p(k, i) * g(k, j);
-      product(i, j) = -0.5f * sum;
+    for (int64_t j = 0; j < block; j += kColumns) {
+      Vector sums[kColumns] = {};
+      for (int64_t k = 0; k < block; ++k) {
+#pragma GCC unroll 8
+        for (int n = 0; n < kColumns; ++n) sums[n] += p(k, i) * g(k, j + n);
+      }
+#pragma GCC unroll 8
+      for (int n = 0; n < kColumns; ++n) product(i, j + n) = -0.5f * sums[n];
     }
   }
   for (int64_t i = 0; i < block; ++i) {  // (P^T G) P^T
-    for (int64_t j = 0; j < block; ++j) {
-      Vector sum = {};
-      for (int64_t k = 0; k < block; ++k) sum += product(i, k) * p(j, k);
-      g(i, j) = sum;
+    for (int64_t j = 0; j < block; j += kColumns) {
+      Vector sums[kColumns] = {};
+      for (int64_t k = 0; k < block; ++k) {
+#pragma GCC unroll 8
+        for (int n = 0; n < kColumns; ++n) sums[n] += product(i, k) * p(j + n, k);
+      }
+#pragma GCC unroll 8
+      for (int n = 0; n < kColumns; ++n) g(i, j + n) = sums[n];
     }
   }
   take_skew_part(g);
   store_blocks(g, count, dr);
+}
+
+template <typename Call>
+inline void with_size(int64_t block, Call call) {
+  switch (block) {
+    case 2:
+      return call.template operator()<2>();
+    case 4:
+      return call.template operator()<4>();
+    case 8:
+      return call.template operator()<8>();
+    case 16:
+      return call.template operator()<16>();
+    case 32:
+      return call.template operator()<32>();
+    default:
+      return call.template operator()<0>();
+  }
+}
+
+void fwd(const float* r, int64_t count, int64_t block, float* q, float* scratch) {
+  with_size(block, [&]<int64_t kSize>() { fwd_size<kSize>(r, count, block, q, scratch); });
+}
+
+void bwd(const float* grad, const float* q, int64_t count, int64_t block, float* dr, float* scratch) {
+  with_size(block, [&]<int64_t kSize>() { bwd_size<kSize>(grad, q, count, block, dr, scratch); });
 }
 
 }  // namespace
