@@ -92,7 +92,7 @@ def composed(x, weight, bias, lora_A, lora_B, scaling):
 
 
 def errors(results, inputs, scaling):
-    """The error of y and of h relative to each, in root mean squares: the largest entry of a few is a matter of luck."""
+    """The error of y and of h relative to each, in root mean squares: a largest entry is a matter of luck."""
     pairs = zip(results, exact(*inputs, scaling), strict=True)
     return [((got.double() - want).norm() / want.norm()).item() for got, want in pairs]
 
