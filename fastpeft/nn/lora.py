@@ -67,6 +67,7 @@ class LoRAAdapter(Adapter):
         self.r = value_for(site.path, config.rank_pattern, config.r)
         alpha = value_for(site.path, config.alpha_pattern, config.lora_alpha)
         self.scaling = reference.lora.lora_scaling(self.r, alpha, config.use_rslora)
+        self.dropout_p = config.lora_dropout
         self.dropout = make_dropout(config.lora_dropout)
         self.lora_A = site.parameter(self.r, site.in_features)
         self.lora_B = site.parameter(site.out_features, self.r)
@@ -78,7 +79,7 @@ class LoRAAdapter(Adapter):
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.config.lora_dropout > 0 and dropout_active(self.dropout):
+        if self.dropout_p > 0 and dropout_active(self.dropout):
             return nn.functional.linear(x, weight, bias) + self.delta(x)
         return apply_lora(x, weight, bias, self.lora_A, self.lora_B, self.scaling)
 

@@ -103,6 +103,7 @@ class MoSAdapter(Adapter):
     ) -> None:
         super().__init__(config, site)
         self.scaling = reference.lora.lora_scaling(config.r, config.lora_alpha, False)
+        self.dropout_p = config.lora_dropout
         self.dropout = make_dropout(config.lora_dropout)
         self.pool_A, self.pool_B = pool_A, pool_B
         for name, index, pool in (("index_A", index_A, pool_A), ("index_B", index_B, pool_B)):
@@ -183,7 +184,7 @@ class MoSAdapter(Adapter):
                 check_index(f"{source}: {key}", tensors[key], adapter.pool_A.shape[0])
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.config.lora_dropout > 0 and dropout_active(self.dropout):
+        if self.dropout_p > 0 and dropout_active(self.dropout):
             return nn.functional.linear(x, weight, bias) + self.delta(x)
         return apply_mos(x, weight, bias, *self.shards(), self.scaling)
 
