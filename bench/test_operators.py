@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastpeft import backend
 from fastpeft.ops import fourierft
 
 ops = torch.ops.fastpeft
@@ -22,8 +21,6 @@ RANK = 16
 POOL_RANK, SHARDS, MOS_LAYERS = 2, 4, 32
 BLOCK_SIZE, FACTORS = 8, 4
 ENTRIES = 1000
-
-pytestmark = pytest.mark.skipif(backend.extension is None, reason=f"the extension is {backend.extension_status}")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -104,6 +104,10 @@ def _triton_unavailable(op: Operator, x: Tensor) -> str | None:
     return None
 
 
+def _has_float64(tensors: Sequence[Tensor]) -> bool:
+    return any(tensor.dtype == torch.float64 for tensor in tensors)
+
+
 def _has_kernel(name: str, device: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
@@ -150,8 +154,8 @@ class Operator:
         for key in ("CUDA", "CPU"):
             _LIBRARIES["triton"].impl(self.name, launcher, key)
 
-    def choose(self, x: Tensor) -> str:
-        """The backend that runs for these tensors.
+    def choose(self, x: Tensor, *adapter: Tensor) -> str:
+        """The backend that runs for x and an adapter's tensors; the compiled ones take these in float32 or 16 bits.
 
         Raises:
             RuntimeError: a backend was forced that this operator lacks or that cannot take the tensors.
@@ -160,11 +164,14 @@ class Operator:
             key = (x.dtype, x.device.type)
             if key not in self._chosen:
                 self._chosen[key] = self._best(x)
-            return self._chosen[key]
+            chosen = self._chosen[key]
+            return "torch" if chosen == "native" and _has_float64(adapter) else chosen
         if _forced not in (*self.order, "reference"):
             raise RuntimeError(f"backend {_forced!r} was asked for, but {self.name} has only {', '.join(self.order)}")
         if _forced in _UNAVAILABLE and (reason := _UNAVAILABLE[_forced](self, x)) is not None:
             raise RuntimeError(f"backend {_forced!r} was asked for, but cannot run {self.name}: {reason}")
+        if _forced == "native" and _has_float64(adapter):
+            raise RuntimeError(f"backend 'native' was asked for, but cannot run {self.name} with a float64 adapter")
         return _forced
 
     def _best(self, x: Tensor) -> str:

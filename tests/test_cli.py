@@ -119,6 +119,15 @@ def test_a_dtype_that_a_backend_cannot_take():
 
 
 @every_method
+def test_a_float64_adapter_that_a_backend_cannot_take(method: Method):
+    layer, x = adapted(method), randn(5, 24)
+    layer.adapters.double()
+    with fastpeft.use_backend("native"), pytest.raises(RuntimeError, match="'native' was asked for"):
+        layer(x)
+    assert layer(x).dtype == x.dtype
+
+
+@every_method
 @pytest.mark.parametrize("name", ["reference", "torch", None])
 def test_the_backends_that_are_always_there(method: Method, name: str | None):
     layer = adapted(method)

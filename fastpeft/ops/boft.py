@@ -210,7 +210,7 @@ class ButterflyFunction(torch.autograd.Function):
         x, blocks = ctx.saved_tensors
         need_x, need_blocks, _ = ctx.needs_input_grad
         x = grad if x is None else x  # a stand-in of the right shape: the values are not read
-        if BUTTERFLY_BWD.choose(grad) == "native" and blocks.dtype == torch.float32:
+        if BUTTERFLY_BWD.choose(grad, blocks) == "native":
             dx, dblocks = BUTTERFLY_BWD.call("native", grad, x, blocks, need_x, need_blocks)
             return dx if need_x else None, dblocks if need_blocks else None, None
         with base.without_autocast(grad):
@@ -282,13 +282,11 @@ def butterfly(
 
 def apply_butterfly(x: Tensor, blocks: Tensor) -> Tensor:
     """butterfly for arguments that are known to fit."""
-    backend = BUTTERFLY_FWD.choose(x)
+    backend = BUTTERFLY_FWD.choose(x, blocks)
     if backend == "reference":
         return reference.boft.butterfly(x, blocks)
     wide = torch.promote_types(torch.promote_types(blocks.dtype, x.dtype), torch.float32)
     blocks = blocks.to(wide)
-    if wide != torch.float32:
-        backend = "torch"
     rows = base.as_rows(x)
     if base.needs_autograd(x, blocks):
         return base.like_rows(ButterflyFunction.apply(rows, blocks, backend), x)
@@ -372,12 +370,12 @@ def apply_boft(x: Tensor, weight: Tensor, bias: Tensor | None, boft_R: Tensor, b
 def _in_one_operator(x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Tensor, boft_s: Tensor) -> bool:
     if matrices.device != x.device:
         raise ValueError(f"x must be on the adapter's device, {matrices.device}, got {x.device}")
-    native = BOFT_FWD.choose(x) == "native" and matrices.dtype == torch.float32 and boft_s.dtype != torch.float64
+    native = BOFT_FWD.choose(x, matrices, boft_s) == "native"
     return native and base.is_frozen(weight, bias)
 
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Tensor, boft_s: Tensor, from_R: bool) -> Tensor:
-    rows = base.as_rows(x)
+    rows, matrices = base.as_rows(x), matrices.float()
     if base.needs_autograd(x, matrices, boft_s):
         y = BOFTFunction.apply(rows, weight, bias, matrices, boft_s, from_R)
     else:

@@ -193,7 +193,7 @@ def fourier_fwd(
 
 
 def _runs_native(operator: Operator, x: Tensor, spectrum: Tensor) -> bool:
-    return operator.choose(x) == "native" and spectrum.dtype == torch.float32
+    return operator.choose(x, spectrum) == "native"
 
 
 def _add_delta(y: Tensor, x: Tensor, spectrum: Tensor, bags: Bags, shape: tuple[int, int], scaling: float) -> Tensor:

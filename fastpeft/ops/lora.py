@@ -171,7 +171,7 @@ def apply_lora(
     """lora_linear for arguments that are known to fit."""
     if lora_A.device != x.device:
         raise ValueError(f"x must be on the adapter's device, {lora_A.device}, got {x.device}")
-    backend = LORA_FWD.choose(x)
+    backend = LORA_FWD.choose(x, lora_A)
     if backend == "reference":
         return base.dense_linear(x, weight, bias, reference.lora.lora_weight(lora_A, lora_B, scaling))
     return base.through_autocast(_apply, x, weight, bias, lora_A, lora_B, scaling, backend)
@@ -180,11 +180,8 @@ def apply_lora(
 def _apply(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str
 ) -> Tensor:
-    if backend == "native" and lora_A.dtype != torch.float32:
-        if lora_A.dtype == torch.float64:
-            backend = "torch"
-        else:
-            lora_A, lora_B = lora_A.float(), lora_B.float()
+    if backend == "native":
+        lora_A, lora_B = lora_A.float(), lora_B.float()
     rows = base.as_rows(x)
     if not base.needs_autograd(x, weight, bias, lora_A, lora_B):
         y, _ = _run(backend, rows, weight, bias, lora_A, lora_B, scaling)

@@ -220,7 +220,9 @@ def apply_mos(
     """mos_linear for arguments that are known to fit."""
     if pool_A.device != x.device:
         raise ValueError(f"x must be on the adapter's device, {pool_A.device}, got {x.device}")
-    in_place = MOS_FWD.choose(x) == "native" and pool_A.dtype == torch.float32 and not torch.compiler.is_compiling()
+    in_place = (
+        MOS_FWD.choose(x, pool_A) == "native" and pool_A.dtype == torch.float32 and not torch.compiler.is_compiling()
+    )
     if in_place and base.is_frozen(weight, bias):
         return base.through_autocast(_apply, x, weight, bias, pool_A, index_A, pool_B, index_B, scaling)
     return lora.apply_lora(x, weight, bias, assemble(pool_A, index_A), assemble(pool_B, index_B).T, scaling)
