@@ -17,13 +17,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const ButterflyLoops& loops() {
-#define FASTPEFT_RETURN(isa) \
-  if (active_isa() == Isa::isa) return isa::butterfly;
-  FASTPEFT_FOR_EACH_ISA(FASTPEFT_RETURN)
-#undef FASTPEFT_RETURN
-  return baseline::butterfly;
-}
+const ButterflyLoops& loops() { return FASTPEFT_ACTIVE(butterfly); }
 
 ButterflyShape check_shape(const Tensor& x, const Tensor& blocks) {
   check_cpu(x, "x");

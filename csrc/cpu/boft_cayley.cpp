@@ -15,13 +15,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const CayleyLoops& loops() {
-#define FASTPEFT_RETURN(isa) \
-  if (active_isa() == Isa::isa) return isa::cayley;
-  FASTPEFT_FOR_EACH_ISA(FASTPEFT_RETURN)
-#undef FASTPEFT_RETURN
-  return baseline::cayley;
-}
+const CayleyLoops& loops() { return FASTPEFT_ACTIVE(cayley); }
 
 void check_blocks(const Tensor& blocks, const char* name) {
   check_cpu(blocks, name);

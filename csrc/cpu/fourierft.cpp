@@ -22,11 +22,7 @@ const FourierLoops& loops(int64_t tokens) {
 #if defined(__x86_64__)
   if (active_isa() == Isa::avx512 && tokens <= 2 * avx2::fourier.lanes) return avx2::fourier;
 #endif
-#define FASTPEFT_RETURN(isa) \
-  if (active_isa() == Isa::isa) return isa::fourier;
-  FASTPEFT_FOR_EACH_ISA(FASTPEFT_RETURN)
-#undef FASTPEFT_RETURN
-  return baseline::fourier;
+  return FASTPEFT_ACTIVE(fourier);
 }
 
 void check_rows(const Tensor& x, const char* name) {

@@ -28,3 +28,13 @@ Isa active_isa();
 #else
 #define FASTPEFT_FOR_EACH_ISA(apply) apply(baseline)
 #endif
+
+// The loops table of the active instruction set: FASTPEFT_ACTIVE(lora).
+#if defined(__x86_64__)
+#define FASTPEFT_ACTIVE(table)                                         \
+  (::fastpeft::active_isa() == ::fastpeft::Isa::avx512 ? avx512::table \
+   : ::fastpeft::active_isa() == ::fastpeft::Isa::avx2 ? avx2::table   \
+                                                       : baseline::table)
+#else
+#define FASTPEFT_ACTIVE(table) (baseline::table)
+#endif

@@ -29,13 +29,7 @@ void for_each_tile(const LowRank& m, int64_t tokens, Run run) {
 
 }  // namespace
 
-const LoraLoops& lora_loops() {
-#define FASTPEFT_RETURN(isa) \
-  if (active_isa() == Isa::isa) return isa::lora;
-  FASTPEFT_FOR_EACH_ISA(FASTPEFT_RETURN)
-#undef FASTPEFT_RETURN
-  return baseline::lora;
-}
+const LoraLoops& lora_loops() { return FASTPEFT_ACTIVE(lora); }
 
 ShardTable rows_table(const float* rows, int64_t rank, int64_t width) {
   ShardTable table{std::vector<const float*>(rank), rank, 1, width};
