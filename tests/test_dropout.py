@@ -32,7 +32,9 @@ import fastpeft
 def test_dropout_is_for_training(method: Method):
     layer, plain, x = adapted(method, **{method.dropout: 0.5}), adapted(method), randn(33, IN)
     assert_same(run(layer.eval(), x), run(plain, x))
-    assert not torch.equal(layer.train()(x), layer(x))
+    layer.train()
+    outputs = [layer(x) for _ in range(20)]  # BOFT's few blocks here: two calls may well drop the same ones
+    assert not all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
 @pytest.mark.parametrize("method", [LORA, MOS], ids=str)
