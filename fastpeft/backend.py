@@ -104,10 +104,6 @@ def _triton_unavailable(op: Operator, x: Tensor) -> str | None:
     return None
 
 
-def _has_float64(tensors: Sequence[Tensor]) -> bool:
-    return any(tensor.dtype == torch.float64 for tensor in tensors)
-
-
 def _has_kernel(name: str, device: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
@@ -136,7 +132,7 @@ class Operator:
     order: Sequence[str]
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
     name: str = field(init=False)
-    _chosen: dict[tuple[torch.dtype, str], str] = field(init=False, default_factory=dict)
+    _chosen: dict[tuple, str] = field(init=False, default_factory=dict)
     _overloads: dict[str, Callable] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -154,23 +150,30 @@ class Operator:
         for key in ("CUDA", "CPU"):
             _LIBRARIES["triton"].impl(self.name, launcher, key)
 
-    def choose(self, x: Tensor, *adapter: Tensor) -> str:
-        """The backend that runs for x and an adapter's tensors; the compiled ones take these in float32 or 16 bits.
+    def choose(self, x: Tensor, adapter: Tensor) -> str:
+        """The backend that runs for x and an adapter's tensor; the compiled ones take the latter in up to 32 bits.
 
         Raises:
             RuntimeError: a backend was forced that this operator lacks or that cannot take the tensors.
+            ValueError: x and the adapter are on different devices.
         """
+        key = (x.dtype, x.device, adapter.dtype, adapter.device, _forced)
+        chosen = self._chosen.get(key)  # one look for all questions: asked one by one they take as long as a layer
+        if chosen is None:
+            chosen = self._chosen[key] = self._choose(x, adapter)
+        return chosen
+
+    def _choose(self, x: Tensor, adapter: Tensor) -> str:
+        if x.device != adapter.device:
+            raise ValueError(f"x must be on the adapter's device, {adapter.device}, got {x.device}")
         if _forced is None:
-            key = (x.dtype, x.device.type)
-            if key not in self._chosen:
-                self._chosen[key] = self._best(x)
-            chosen = self._chosen[key]
-            return "torch" if chosen == "native" and _has_float64(adapter) else chosen
+            chosen = self._best(x)
+            return "torch" if chosen == "native" and adapter.dtype == torch.float64 else chosen
         if _forced not in (*self.order, "reference"):
             raise RuntimeError(f"backend {_forced!r} was asked for, but {self.name} has only {', '.join(self.order)}")
         if _forced in _UNAVAILABLE and (reason := _UNAVAILABLE[_forced](self, x)) is not None:
             raise RuntimeError(f"backend {_forced!r} was asked for, but cannot run {self.name}: {reason}")
-        if _forced == "native" and _has_float64(adapter):
+        if _forced == "native" and adapter.dtype == torch.float64:
             raise RuntimeError(f"backend 'native' was asked for, but cannot run {self.name} with a float64 adapter")
         return _forced
 
@@ -207,7 +210,7 @@ def backends() -> dict[str, dict[str, str]]:
                 lacking = None if backend in operator.order else "not written for this operator"
                 row[backend] = lacking or unavailable(operator, probe) or "yes"
             try:
-                row["chosen"] = operator.choose(probe)
+                row["chosen"] = operator.choose(probe, probe)
             except RuntimeError as error:
                 row["chosen"] = f"nothing ({error})"
             table[f"{name} ({device})"] = row

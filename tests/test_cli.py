@@ -137,7 +137,7 @@ def test_the_backends_that_are_always_there(method: Method, name: str | None):
 
 def test_forcing_nests_and_ends_with_an_error():
     def chosen() -> str:
-        return OPERATORS["butterfly_fwd"].choose(torch.empty(0))
+        return OPERATORS["butterfly_fwd"].choose(torch.empty(0), torch.empty(0))
 
     before = chosen()
     with fastpeft.use_backend("reference"):
@@ -156,7 +156,7 @@ def test_forcing_nests_and_ends_with_an_error():
 CHOSEN = """
 import torch, fastpeft
 from fastpeft.backend import OPERATORS
-print(OPERATORS["butterfly_fwd"].choose(torch.empty(0)), fastpeft.backends()["lora_fwd (cpu)"]["triton"])
+print(OPERATORS["butterfly_fwd"].choose(torch.empty(0), torch.empty(0)), fastpeft.backends()["lora_fwd (cpu)"]["triton"])
 """
 
 
@@ -166,7 +166,7 @@ def test_backend_by_environment():
 
 def test_an_empty_environment_forces_nothing():
     chosen, _, triton = run_python("-c", CHOSEN, FASTPEFT_BACKEND="").stdout.partition(" ")
-    assert chosen == OPERATORS["butterfly_fwd"].choose(torch.empty(0))
+    assert chosen == OPERATORS["butterfly_fwd"].choose(torch.empty(0), torch.empty(0))
     assert triton.strip() == "triton is not installed" or "TRITON_INTERPRET=1" in triton  # what it would need
 
 

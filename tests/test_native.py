@@ -69,7 +69,6 @@ def test_butterfly_opcheck(size: tuple[int, int, int], dtype: torch.dtype):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((torch.zeros(3, 4, 5), torch.zeros(1, 1, 5, 5)), "x must have shape"),
         ((torch.zeros(3, 6), torch.zeros(1, 1, 5, 5)), "blocks cover 5 features, x has 6"),
         ((torch.zeros(3, 5), torch.zeros(2, 1, 5, 5)), "2 factors of block size 5 do not fit 5"),
         ((torch.zeros(3, 12), torch.zeros(3, 3, 4, 4)), "3 factors of block size 4 do not fit 12"),
@@ -100,42 +99,44 @@ FOURIERS = [
 
 
 def fourier_inputs(d_in: int, d_out: int, n: int, tokens: int, dtype: torch.dtype = torch.float32):
-    """y, x, spectrum, grad, dx and tables."""
+    """x, weight, bias, spectrum, grad and tables."""
     g = torch.Generator().manual_seed(0)
     places = torch.randperm(d_in * d_out, generator=g)[:n]
     tables = fourierft.make_tables(places // d_in, places % d_in, (d_out, d_in))
-    y, grad = (torch.randn(tokens, d_out, generator=g).to(dtype) for _ in range(2))
-    x, dx = (torch.randn(tokens, d_in, generator=g).to(dtype) for _ in range(2))
-    return y, x, torch.randn(n, generator=g), grad, dx, tables
+    x, weight, bias, grad = (
+        torch.randn(*shape, generator=g).to(dtype) for shape in ((tokens, d_in), (d_out, d_in), (d_out,), (tokens, d_out))
+    )
+    return x, weight, bias, torch.randn(n, generator=g), grad, tables
 
 
-def fourier_fwd(y, x, spectrum, tables, scale=0.5):
-    y = y.clone()
-    torch.ops.fastpeft.fourier_fwd_(y, x, spectrum, *tables.forward, scale)
-    return y
+def fourier_fwd(x, weight, bias, spectrum, tables, scale=0.5):
+    return torch.ops.fastpeft.fourier_fwd(x, weight, bias, spectrum, *tables.forward, scale)
 
 
-def fourier_bwd(dx, grad, x, spectrum, tables, scale=0.5):
-    dx = None if dx is None else dx.clone()
-    return dx, torch.ops.fastpeft.fourier_bwd_(dx, grad, x, spectrum, tables.rows, tables.cols, *tables.backward, scale)
+def fourier_bwd(grad, x, weight, spectrum, tables, scale=0.5, need_x=True):
+    places = (tables.rows, tables.cols, *tables.backward)
+    return torch.ops.fastpeft.fourier_bwd(grad, x, weight, spectrum, *places, scale, need_x)
 
 
 @pytest.mark.parametrize("size", FOURIERS, ids=str)
 def test_fourier_does_not_depend_on_the_number_of_threads(size: tuple[int, int, int, int]):
-    y, x, spectrum, grad, dx, tables = fourier_inputs(*size[:3], tokens=200)
+    x, _, _, spectrum, grad, tables = fourier_inputs(*size[:3], tokens=200)
     assert_same_bits(
-        with_threads(lambda: (fourier_fwd(y, x, spectrum, tables), *fourier_bwd(dx, grad, x, spectrum, tables)))
+        with_threads(
+            lambda: (fourier_fwd(x, None, None, spectrum, tables), *fourier_bwd(grad, x, None, spectrum, tables))
+        )
     )
 
 
 @pytest.mark.parametrize("size", FOURIERS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fourier_opcheck(size: tuple[int, int, int, int], dtype: torch.dtype):
-    y, x, spectrum, grad, dx, tables = fourier_inputs(*size, dtype)
-    torch.library.opcheck(torch.ops.fastpeft.fourier_fwd_, (y, x, spectrum, *tables.forward, 0.5))
+    x, weight, bias, spectrum, grad, tables = fourier_inputs(*size, dtype)
+    for base in ((weight, bias), (weight, None), (None, None)):
+        torch.library.opcheck(torch.ops.fastpeft.fourier_fwd, (x, *base, spectrum, *tables.forward, 0.5))
     places = (spectrum, tables.rows, tables.cols, *tables.backward, 0.5)
-    for arguments in ((dx, grad, x), (None, grad, x), (dx, grad, None), (None, grad, None)):
-        torch.library.opcheck(torch.ops.fastpeft.fourier_bwd_, (*arguments, *places))
+    for source, matrix, need_x in ((x, weight, True), (x, None, False), (None, None, True), (None, None, False)):
+        torch.library.opcheck(torch.ops.fastpeft.fourier_bwd, (grad, source, matrix, *places, need_x))
 
 
 @pytest.mark.parametrize("length", [*range(1, 41), 127, 128, 131, 254, 262, 1000, 1021, 2187, 4098, 11008, 18944])
@@ -145,7 +146,7 @@ def test_fourier_of_every_kind_of_length(length: int):
     u, v = (int(torch.randint(length, (), generator=g)) for _ in range(2))
     tables = fourierft.make_tables(torch.tensor([u]), torch.tensor([v]), (length, length))
     x = torch.randn(3, length, generator=g)
-    y = fourier_fwd(torch.zeros(3, length), x, torch.ones(1), tables, scale=1.0)
+    y = fourier_fwd(x, None, None, torch.ones(1), tables, scale=1.0)
     turns = torch.arange(length, dtype=torch.float64) / length
     bins = (x.double() * torch.exp(2j * torch.pi * (turns * v % 1))).sum(1, keepdim=True)
     exact = (bins * torch.exp(2j * torch.pi * (turns * u % 1))).real
@@ -155,40 +156,48 @@ def test_fourier_of_every_kind_of_length(length: int):
     assert float((y - exact).square().mean().sqrt()) <= allowed
 
 
-def test_fourier_leaves_rows_outside_alone():
-    """y and x as slices of wider tensors: what lies between their rows is neither read nor written."""
-    y, x, spectrum, _, _, tables = fourier_inputs(48, 40, 100, 35)
-    wide_y, wide_x = torch.full((35, 45), torch.nan), torch.full((35, 50), torch.nan)
-    wide_y[:, 2:42], wide_x[:, 1:49] = y, x
-    torch.ops.fastpeft.fourier_fwd_(wide_y[:, 2:42], wide_x[:, 1:49], spectrum, *tables.forward, 0.5)
-    assert torch.equal(wide_y[:, 2:42], fourier_fwd(y, x, spectrum, tables))
-    assert wide_y[:, :2].isnan().all() and wide_y[:, 42:].isnan().all()
+def test_fourier_reads_slices_where_they_lie():
+    """x and grad as slices of wider tensors: what lies between their rows is not read."""
+    x, weight, bias, spectrum, grad, tables = fourier_inputs(48, 40, 100, 35)
+    wide_x, wide_grad = torch.full((35, 50), torch.nan), torch.full((35, 45), torch.nan)
+    wide_x[:, 1:49], wide_grad[:, 2:42] = x, grad
+    assert torch.equal(
+        fourier_fwd(wide_x[:, 1:49], weight, bias, spectrum, tables), fourier_fwd(x, weight, bias, spectrum, tables)
+    )
+    assert_same_bits(
+        [
+            fourier_bwd(wide_grad[:, 2:42], wide_x[:, 1:49], None, spectrum, tables),
+            fourier_bwd(grad, x, None, spectrum, tables),
+        ]
+    )
 
 
 def fourier_mistakes():
-    y, x, spectrum, _, _, tables = fourier_inputs(6, 5, 4, 3)
-    offsets, sources, entries = tables.forward
-    yield "x must have shape", (y, x[0], spectrum, offsets, sources, entries)
-    yield "y must have the tokens and the dtype of x", (y[:2], x, spectrum, offsets, sources, entries)
-    yield "y must have the tokens and the dtype of x", (y.half(), x, spectrum, offsets, sources, entries)
-    yield "y must have rows without gaps", (y.T.contiguous().T, x, spectrum, offsets, sources, entries)
-    yield "y must have rows without gaps", (y[:1].expand(3, 5), x, spectrum, offsets, sources, entries)
-    yield "spectrum must be a float32 vector", (y, x, spectrum.double(), offsets, sources, entries)
-    yield "spectrum must be a float32 vector", (y, x, spectrum[None], offsets, sources, entries)
-    yield "sources must lie in", (y, x, spectrum, offsets, sources + 6, entries)
-    yield "sources must lie in", (y, x, spectrum, offsets, sources - 6, entries)
-    yield "entries must lie in", (y, x, spectrum, offsets, sources, entries + 4)
-    yield "entries must have 8 entries, got 7", (y, x, spectrum, offsets, sources, entries[1:])
-    yield "offsets must have 6 entries, got 5", (y, x, spectrum, offsets[1:], sources, entries)
-    yield "offsets must rise from 0 to 8", (y, x, spectrum, offsets.flip(0), sources, entries)
-    yield "offsets must rise from 0 to 8", (y, x, spectrum, torch.zeros_like(offsets), sources, entries)
-    yield "sources must be a contiguous int32 vector", (y, x, spectrum, offsets, sources.long(), entries)
+    x, weight, bias, spectrum, _, tables = fourier_inputs(6, 5, 4, 3)
+    base, (offsets, sources, entries) = (weight, bias), tables.forward
+    yield "x must have shape", (x[0, 0], *base, spectrum, offsets, sources, entries)
+    yield "weight must have shape", (x[:, 1:], *base, spectrum, offsets, sources, entries)
+    yield "weight must have shape", (x, weight[1:], bias, spectrum, offsets, sources, entries)
+    yield "weight must have shape", (x.half(), *base, spectrum, offsets, sources, entries)
+    yield "bias must be a vector of 5", (x, weight, bias[1:], spectrum, offsets, sources, entries)
+    yield "bias must be a vector of 5", (x, weight, bias.half(), spectrum, offsets, sources, entries)
+    yield "spectrum must be a float32 vector", (x, *base, spectrum.double(), offsets, sources, entries)
+    yield "spectrum must be a float32 vector", (x, *base, spectrum[None], offsets, sources, entries)
+    yield "sources must lie in", (x, *base, spectrum, offsets, sources + 6, entries)
+    yield "sources must lie in", (x, *base, spectrum, offsets, sources - 6, entries)
+    yield "entries must lie in", (x, *base, spectrum, offsets, sources, entries + 4)
+    yield "entries must have 8 entries, got 7", (x, *base, spectrum, offsets, sources, entries[1:])
+    yield "weight must have shape", (x, *base, spectrum, offsets[1:], sources, entries)
+    yield "offsets must be a vector", (x, *base, spectrum, offsets[:0], sources, entries)
+    yield "offsets must rise from 0 to 8", (x, *base, spectrum, offsets.flip(0), sources, entries)
+    yield "offsets must rise from 0 to 8", (x, *base, spectrum, torch.zeros_like(offsets), sources, entries)
+    yield "sources must be a contiguous int32 vector", (x, *base, spectrum, offsets, sources.long(), entries)
 
 
 @pytest.mark.parametrize("message, arguments", fourier_mistakes())
 def test_fourier_operator_called_directly_checks_its_arguments(message: str, arguments: tuple):
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastpeft.fourier_fwd_(*arguments, 1.0)
+        torch.ops.fastpeft.fourier_fwd(*arguments, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -196,18 +205,21 @@ def test_fourier_operator_called_directly_checks_its_arguments(message: str, arg
     [
         ({"rows": torch.full((4,), 5, dtype=torch.int32)}, "rows must lie in"),
         ({"cols": torch.full((4,), -1, dtype=torch.int32)}, "cols must lie in"),
-        ({"grad": torch.zeros(3, 4)}, r"offsets|sources"),
-        ({"x": torch.zeros(3, 7)}, "dx and x must have one shape"),
-        ({"dx": torch.zeros(2, 6)}, "dx and x must have one shape"),
+        ({"grad": torch.zeros(3, 4)}, "weight must have shape"),
+        ({"weight": torch.zeros(5, 5)}, "weight must have shape"),
+        ({"x": torch.zeros(3, 7)}, "x must have shape"),
+        ({"x": torch.zeros(2, 6)}, "tokens and the dtype of grad"),
         ({"x": torch.zeros(3, 6).half()}, "dtype of grad"),
     ],
     ids=str,
 )
 def test_fourier_gradient_called_directly_checks_its_arguments(change: dict, message: str):
-    _, x, spectrum, grad, dx, tables = fourier_inputs(6, 5, 4, 3)
-    given = {"dx": dx, "grad": grad, "x": x, "spectrum": spectrum, "rows": tables.rows, "cols": tables.cols} | change
+    x, weight, _, spectrum, grad, tables = fourier_inputs(6, 5, 4, 3)
+    given = {
+        "grad": grad, "x": x, "weight": weight, "spectrum": spectrum, "rows": tables.rows, "cols": tables.cols
+    } | change  # fmt: skip
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastpeft.fourier_bwd_(*given.values(), *tables.backward, 1.0)
+        torch.ops.fastpeft.fourier_bwd(*given.values(), *tables.backward, 1.0, True)
 
 
 # ---------------------------------------------------------------------- LoRA
@@ -272,11 +284,45 @@ def test_lora_takes_any_strides_of_its_matrices():
         assert all(torch.equal(a, b) for a, b in zip(found, gradients, strict=True))
 
 
+WIDE = torch.arange(4 * 6 * 5 * 9.0).reshape(4, 6, 5, 9)
+LEADING = {
+    "vector": WIDE[0, 0, 0],
+    "sequences": WIDE[0],
+    "four": WIDE,
+    "a slice of the features": WIDE[..., 1:8],  # one stride from token to token
+    "every other feature": WIDE[..., ::2],
+    "a slice of the sequences": WIDE[:, :, 1:3],  # a copy
+    "transposed": WIDE[0].transpose(0, 1),
+    "broadcast": WIDE[:1, :1, :1].expand(2, 3, 5, 9),
+    "broadcast inside": WIDE[:, :, :1].expand(4, 6, 5, 9),
+    "of one": WIDE[:1, :, :1],
+    "none": WIDE[:, :0],
+}
+
+
+@pytest.mark.parametrize("which", LEADING)
+def test_any_leading_shape_and_strides(which: str):
+    x = LEADING[which] / 1000
+    A, B, weight = torch.randn(2, x.shape[-1]), torch.randn(3, 2), torch.randn(3, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).clone()
+    y, h = torch.ops.fastpeft.lora_fwd(x, weight, None, A, B, 0.5)
+    expected, expected_h = torch.ops.fastpeft.lora_fwd(rows, weight, None, A, B, 0.5)
+    assert y.shape == (*x.shape[:-1], 3) and y.is_contiguous()
+    assert torch.equal(y, expected.view(y.shape)) and torch.equal(h, expected_h)
+    grad = torch.randn_like(y)
+    dx, *rest = torch.ops.fastpeft.lora_bwd(grad, x, weight, A, B, h, 0.5, True)
+    dx2, *rest2 = torch.ops.fastpeft.lora_bwd(grad.reshape(-1, 3), rows, weight, A, B, h, 0.5, True)
+    assert dx.shape == x.shape
+    assert_same_bits([(dx.reshape(-1, x.shape[-1]), *rest), (dx2, *rest2)])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"x": torch.zeros(3, 7)}, "x has 7 features, lora_A 6"),
-        ({"x": torch.zeros(6)}, "x must have shape"),
+        ({"x": torch.zeros(())}, "x must have shape"),
+        ({"bias": torch.zeros(4)}, "bias must be a vector of 5"),
+        ({"bias": torch.zeros(5).half()}, "bias must be a vector of 5"),
         ({"x": torch.zeros(3, 6, dtype=torch.float64)}, "x must be float32, bfloat16 or float16"),
         ({"weight": torch.zeros(5, 7)}, "weight must have shape"),
         ({"weight": torch.zeros(5, 6).half()}, "weight must have shape"),
@@ -392,7 +438,7 @@ def boft_inputs(d: int, b: int, m: int, dtype: torch.dtype = torch.float32, toke
     g = torch.Generator().manual_seed(1)
     x, blocks, _ = butterfly_inputs(d, b, m, dtype, tokens)
     weight, bias, grad = (torch.randn(*shape, generator=g).to(dtype) for shape in ((out, d), (out,), (tokens, out)))
-    return x, weight, bias, blocks, torch.randn(out, generator=g), grad
+    return x, weight, bias, blocks, torch.randn(out, 1, generator=g), grad
 
 
 @pytest.mark.parametrize("size", BUTTERFLIES, ids=str)
@@ -419,8 +465,8 @@ def test_boft_scale_does_not_depend_on_the_number_of_threads(size: tuple[int, in
     [
         ({"weight": torch.zeros(5, 7)}, "weight must have shape"),
         ({"bias": torch.zeros(4)}, "bias must be a contiguous vector of 5"),
-        ({"scale": torch.zeros(5, 1)}, "scale must be a contiguous float32 vector of 5"),
-        ({"scale": torch.zeros(5).double()}, "scale must be a contiguous float32 vector of 5"),
+        ({"scale": torch.zeros(5)}, r"scale must be float32 of shape \(5, 1\)"),
+        ({"scale": torch.zeros(5, 1).double()}, r"scale must be float32 of shape \(5, 1\)"),
     ],
     ids=str,
 )

@@ -20,9 +20,7 @@ using torch::stable::Tensor;
 const ButterflyLoops& loops() { return FASTPEFT_ACTIVE(butterfly); }
 
 ButterflyShape check_shape(const Tensor& x, const Tensor& blocks) {
-  check_cpu(x, "x");
   check_cpu(blocks, "blocks");
-  STD_TORCH_CHECK(x.dim() == 2, "butterfly: x must have shape (tokens, features), got ", x.dim(), " dimensions");
   STD_TORCH_CHECK(blocks.dim() == 4 && blocks.size(2) == blocks.size(3) && blocks.size(0) > 0 && blocks.size(3) > 0,
                   "butterfly: blocks must have shape (factors, features / b, b, b)");
   STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Float, "butterfly: blocks must be float32");
@@ -47,12 +45,12 @@ int64_t range_features(const ButterflyShape& shape, int64_t cached, int64_t want
 // A task is worth handing to another thread from about this many multiply-adds on.
 constexpr int64_t kGrainWork = 1 << 17;
 
-Tensor butterfly_fwd(const Tensor& x_any, const Tensor& blocks_any) {
+Tensor rotate(const Tensor& x_any, const Tensor& blocks_any) {
   const ButterflyShape shape = check_shape(x_any, blocks_any);
   const Tensor x = with_contiguous_rows(x_any);
   const Tensor blocks = as_contiguous(blocks_any);
   const int64_t tokens = x.size(0), d = shape.features;
-  Tensor y = torch::stable::new_empty(x, {tokens, d});
+  Tensor y = allocate(x, {tokens, d});
   if (tokens == 0 || d == 0) return y;
 
   constexpr int64_t kCached = 128;  // times kButterflyTokens: a first-level cache
@@ -76,20 +74,19 @@ Tensor butterfly_fwd(const Tensor& x_any, const Tensor& blocks_any) {
 
 // Tasks own ranges of features with all their tokens, so every block gradient has one owner and one order of
 // addition, whatever the number of threads.
-std::tuple<Tensor, Tensor> butterfly_bwd(const Tensor& grad_any, const Tensor& x_any, const Tensor& blocks_any,
-                                         bool need_x, bool need_blocks) {
+std::tuple<Tensor, Tensor> rotate_bwd(const Tensor& grad_any, const Tensor& x_any, const Tensor& blocks_any,
+                                      bool need_x, bool need_blocks) {
   const ButterflyShape shape = check_shape(x_any, blocks_any);
-  check_cpu(grad_any, "grad");
-  STD_TORCH_CHECK(grad_any.dim() == 2 && grad_any.size(0) == x_any.size(0) && grad_any.size(1) == x_any.size(1) &&
+  STD_TORCH_CHECK(grad_any.size(0) == x_any.size(0) && grad_any.size(1) == x_any.size(1) &&
                       grad_any.scalar_type() == x_any.scalar_type(),
                   "butterfly: grad must have the shape and dtype of x");
   const Tensor x = with_contiguous_rows(x_any);
   const Tensor grad = with_contiguous_rows(grad_any);
   const Tensor blocks = as_contiguous(blocks_any);
   const int64_t tokens = x.size(0), d = shape.features;
-  Tensor dx = torch::stable::new_empty(x, {need_x ? tokens : 0, d});
+  Tensor dx = allocate(x, {need_x ? tokens : 0, d});
   Tensor dblocks =
-      torch::stable::new_zeros(blocks, {need_blocks ? shape.factors : 0, blocks.size(1), shape.block, shape.block});
+      allocate_zeros(blocks, {need_blocks ? shape.factors : 0, blocks.size(1), shape.block, shape.block});
   if (tokens == 0 || d == 0 || (!need_x && !need_blocks)) return {dx, dblocks};
 
   constexpr int64_t kCached = 64;  // a page for each factor and the sums of its blocks: a second-level cache
@@ -108,6 +105,16 @@ std::tuple<Tensor, Tensor> butterfly_bwd(const Tensor& grad_any, const Tensor& x
   return {dx, dblocks};
 }
 
+Tensor butterfly_fwd(const Tensor& x, const Tensor& blocks) {
+  return like_rows(rotate(as_rows(x, "x"), blocks), x);
+}
+
+std::tuple<Tensor, Tensor> butterfly_bwd(const Tensor& grad, const Tensor& x, const Tensor& blocks, bool need_x,
+                                         bool need_blocks) {
+  const auto [dx, dblocks] = rotate_bwd(as_rows(grad, "grad"), as_rows(x, "x"), blocks, need_x, need_blocks);
+  return {need_x ? like_rows(dx, x) : dx, dblocks};
+}
+
 struct Scale {
   const float* s;
   const void* bias;
@@ -118,9 +125,9 @@ Scale check_scale(const Tensor& x, const Tensor& weight, const std::optional<Ten
   check_cpu(scale, "scale");
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1) && weight.scalar_type() == x.scalar_type(),
                   "boft: weight must have shape (out, ", x.size(1), ") and the dtype of x");
-  STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == weight.size(0) && scale.scalar_type() == ScalarType::Float &&
-                      scale.is_contiguous(),
-                  "boft: scale must be a contiguous float32 vector of ", weight.size(0), " entries");
+  STD_TORCH_CHECK(scale.dim() == 2 && scale.size(0) == weight.size(0) && scale.size(1) == 1 &&
+                      scale.scalar_type() == ScalarType::Float,
+                  "boft: scale must be float32 of shape (", weight.size(0), ", 1)");
   if (bias) {
     check_cpu(*bias, "bias");
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == x.scalar_type() &&
@@ -131,41 +138,43 @@ Scale check_scale(const Tensor& x, const Tensor& weight, const std::optional<Ten
 }
 
 // y = (y0 - b) s + b with y0 = x R W^T + b. y0 is returned where it is kept, else without rows.
-std::tuple<Tensor, Tensor> boft_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                    const Tensor& blocks, const Tensor& scale, bool keep) {
-  const Tensor rotated = butterfly_fwd(x, blocks);
+std::tuple<Tensor, Tensor> boft_fwd(const Tensor& x_any, const Tensor& weight, const std::optional<Tensor>& bias,
+                                    const Tensor& blocks, const Tensor& scale_any, bool keep) {
+  const Tensor x = as_rows(x_any, "x"), scale = as_contiguous(scale_any);
+  const Tensor rotated = rotate(x, blocks);
   const Scale by = check_scale(x, weight, bias, scale);
   const int64_t tokens = x.size(0), features = weight.size(0);
   const Tensor y0 = base_product(rotated, weight, bias, features);
-  Tensor y = keep ? torch::stable::new_empty(y0, {tokens, features}) : y0;
+  Tensor y = keep ? allocate(y0, {tokens, features}) : y0;
   const Scalar scalar = scalar_of(x, "x");
   torch::stable::parallel_for(
       0, tokens, 1 + kGrainWork / std::max<int64_t>(features, 1), [&](int64_t begin, int64_t end) {
         loops().scale_fwd(scalar, end - begin, features, rows_from(y0, begin), by.bias, by.s, rows_into(y, begin));
       });
-  return {y, keep ? y0 : torch::stable::new_empty(y0, {0, features})};
+  return {like_rows(y, x_any), keep ? y0 : allocate(y0, {0, features})};
 }
 
 // Gradients of x, blocks and scale; the last if y0 is given. One that is not asked for comes back with no rows.
-std::tuple<Tensor, Tensor, Tensor> boft_bwd(const Tensor& grad_any, const Tensor& x, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> boft_bwd(const Tensor& grad_any, const Tensor& x_any, const Tensor& weight,
                                             const std::optional<Tensor>& bias, const Tensor& blocks,
-                                            const Tensor& scale, const std::optional<Tensor>& y0_any, bool need_x,
+                                            const Tensor& scale_any, const std::optional<Tensor>& y0_any, bool need_x,
                                             bool need_blocks) {
+  const Tensor x = as_rows(x_any, "x"), grad_rows = as_rows(grad_any, "grad"), scale = as_contiguous(scale_any);
   check_shape(x, blocks);
   const Scale by = check_scale(x, weight, bias, scale);
   const int64_t tokens = x.size(0), features = weight.size(0);
-  for (const std::optional<Tensor>& same : {std::optional(grad_any), y0_any}) {
+  for (const std::optional<Tensor>& same : {std::optional(grad_rows), y0_any}) {
     if (!same) continue;
     check_cpu(*same, "grad and y0");
     STD_TORCH_CHECK(same->dim() == 2 && same->size(0) == tokens && same->size(1) == features &&
                         same->scalar_type() == x.scalar_type(),
                     "boft: grad and y0 must have shape (", tokens, ", ", features, ") and the dtype of x");
   }
-  const Tensor grad = with_contiguous_rows(grad_any);
+  const Tensor grad = with_contiguous_rows(grad_rows);
   const std::optional<Tensor> y0 = y0_any ? std::optional(with_contiguous_rows(*y0_any)) : std::nullopt;
   const bool rotates = need_x || need_blocks;
-  Tensor dscale = torch::stable::new_zeros(scale, {y0 ? features : 0});
-  Tensor scaled = torch::stable::new_empty(grad, {rotates ? tokens : 0, features});
+  Tensor dscale = allocate_zeros(scale, {y0 ? features : 0, 1});
+  Tensor scaled = allocate(grad, {rotates ? tokens : 0, features});
   float* ds = y0 ? static_cast<float*>(dscale.mutable_data_ptr()) : nullptr;
   const Scalar scalar = scalar_of(x, "x");
   const int64_t tasks = (features + kScaleColumns - 1) / kScaleColumns;
@@ -179,8 +188,8 @@ std::tuple<Tensor, Tensor, Tensor> boft_bwd(const Tensor& grad_any, const Tensor
     }
   });
   const Tensor rotated = rotates ? base_gradient(scaled, weight, x.size(1)) : x;
-  const auto [dx, dblocks] = butterfly_bwd(rotated, x, blocks, need_x, need_blocks);
-  return {dx, dblocks, dscale};
+  const auto [dx, dblocks] = rotate_bwd(rotated, x, blocks, need_x, need_blocks);
+  return {need_x ? like_rows(dx, x_any) : dx, dblocks, dscale};
 }
 
 }  // namespace

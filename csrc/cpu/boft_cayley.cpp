@@ -42,7 +42,7 @@ void for_each_group(const Tensor& blocks, Run run) {
 Tensor cayley_fwd(const Tensor& r_any) {
   check_blocks(r_any, "boft_R");
   const Tensor r = as_contiguous(r_any);
-  Tensor q = torch::stable::new_empty(r, {r.size(0), r.size(1), r.size(2), r.size(3)});
+  Tensor q = allocate(r, {r.size(0), r.size(1), r.size(2), r.size(3)});
   const float* from = static_cast<const float*>(r.const_data_ptr());
   float* to = static_cast<float*>(q.mutable_data_ptr());
   for_each_group(r, [&](int64_t offset, int64_t count, int64_t block, float* scratch) {
@@ -57,7 +57,7 @@ Tensor cayley_bwd(const Tensor& grad_any, const Tensor& q_any) {
   const Tensor grad = as_contiguous(grad_any), q = as_contiguous(q_any);
   STD_TORCH_CHECK(grad.size(0) == q.size(0) && grad.size(1) == q.size(1) && grad.size(2) == q.size(2),
                   "cayley: grad must have the shape of blocks");
-  Tensor dr = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+  Tensor dr = allocate(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
   const float* g = static_cast<const float*>(grad.const_data_ptr());
   const float* from = static_cast<const float*>(q.const_data_ptr());
   float* to = static_cast<float*>(dr.mutable_data_ptr());

@@ -1,10 +1,11 @@
-// The operators fastpeft::fourier_fwd_ and fourier_bwd_ on CPU tensors. Schemas and fakes: fastpeft/ops/fourierft.py.
+// The operators fastpeft::fourier_fwd and fourier_bwd on CPU tensors. Schemas and fakes: fastpeft/ops/fourierft.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "cpu/fourierft_loops.h"
@@ -25,18 +26,12 @@ const FourierLoops& loops(int64_t tokens) {
   return FASTPEFT_ACTIVE(fourier);
 }
 
-void check_rows(const Tensor& x, const char* name) {
-  check_cpu(x, name);
-  STD_TORCH_CHECK(x.dim() == 2, "fourier: ", name, " must have shape (tokens, features), got ", x.dim(), " dimensions");
+// (..., features) as rows with their elements side by side.
+Tensor rows_of(const Tensor& x_any, const char* name) {
+  const Tensor x = with_contiguous_rows(as_rows(x_any, name));
   STD_TORCH_CHECK(x.size(1) < int64_t(1) << 30, "fourier: ", name, " has ", x.size(1), " features, at most 2^30 work");
   scalar_of(x, name);
-}
-
-// Writing into a row must not need a copy of it.
-void check_added_to(const Tensor& y, const char* name) {
-  check_rows(y, name);
-  STD_TORCH_CHECK((y.stride(1) == 1 || y.size(1) <= 1) && (y.stride(0) >= y.size(1) || y.size(0) <= 1),
-                  "fourier: ", name, " must have rows without gaps that do not overlap");
+  return x;
 }
 
 // An index table as contiguous int32 numbers that all lie in [0, limit).
@@ -56,6 +51,15 @@ void check_spectrum(const Tensor& spectrum) {
   check_cpu(spectrum, "spectrum");
   STD_TORCH_CHECK(spectrum.dim() == 1 && spectrum.scalar_type() == ScalarType::Float,
                   "fourier: spectrum must be a float32 vector");
+}
+
+void check_weight(const std::optional<Tensor>& weight, const Tensor& x, int64_t out_features, int64_t in_features) {
+  if (!weight) return;
+  check_cpu(*weight, "weight");
+  STD_TORCH_CHECK(weight->dim() == 2 && weight->size(0) == out_features && weight->size(1) == in_features &&
+                      weight->scalar_type() == x.scalar_type(),
+                  "fourier: weight must have shape (", out_features, ", ", in_features,
+                  ") and the dtype of the activations");
 }
 
 // The mix of one direction; keeps its plans and coefficients alive.
@@ -80,18 +84,18 @@ struct Mix {
   }
 };
 
-// y += delta(x). The mix takes bins of x to bins of y; scale is alpha / (d1 d2).
-void fourier_fwd_(const Tensor& y, const Tensor& x_any, const Tensor& spectrum, const Tensor& offsets,
-                  const Tensor& sources, const Tensor& entries, double scale) {
-  check_added_to(y, "y");
-  check_rows(x_any, "x");
+// y = x W^T + b + delta(x). The mix takes bins of x to bins of y; scale is alpha / (d1 d2).
+Tensor fourier_fwd(const Tensor& x_any, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                   const Tensor& spectrum, const Tensor& offsets, const Tensor& sources, const Tensor& entries,
+                   double scale) {
+  const Tensor x = rows_of(x_any, "x");
   check_spectrum(spectrum);
-  STD_TORCH_CHECK(y.size(0) == x_any.size(0) && y.scalar_type() == x_any.scalar_type(),
-                  "fourier: y must have the tokens and the dtype of x");
-  const int64_t tokens = y.size(0);
-  if (tokens == 0 || y.size(1) == 0 || x_any.size(1) == 0) return;
-  const Tensor x = with_contiguous_rows(x_any);
-  const Mix mix(x.size(1), y.size(1), spectrum, offsets, sources, entries, scale / 2);
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, "fourier: offsets must be a vector of out + 1 entries");
+  const int64_t tokens = x.size(0), in_features = x.size(1), out_features = offsets.size(0) - 1;
+  check_weight(weight, x, out_features, in_features);
+  const Tensor y = base_product(x, weight, bias, out_features);
+  if (tokens == 0 || out_features == 0 || in_features == 0) return like_rows(y, x_any);
+  const Mix mix(in_features, out_features, spectrum, offsets, sources, entries, scale / 2);
   const Scalar scalar = scalar_of(x, "x");
   const FourierLoops& run = loops(tokens);
   const int64_t tile = 2 * run.lanes;
@@ -102,6 +106,7 @@ void fourier_fwd_(const Tensor& y, const Tensor& x_any, const Tensor& spectrum, 
               scratch.data());
     }
   });
+  return like_rows(y, x_any);
 }
 
 // Tokens are added up in groups that depend on the sizes alone, so that the sum does not depend on the number of
@@ -111,28 +116,30 @@ int64_t group_count(int64_t tiles, int64_t places) {
   return std::clamp<int64_t>(kPartialFloats / std::max<int64_t>(places, 1), 1, std::min<int64_t>(tiles, 64));
 }
 
-// dx += the gradient of x, if dx is given, and returns that of the spectrum, or no entries if x is not given. The mix
-// takes bins of grad to bins of dx.
-Tensor fourier_bwd_(const std::optional<Tensor>& dx, const Tensor& grad_any, const std::optional<Tensor>& x_any,
-                    const Tensor& spectrum, const Tensor& rows, const Tensor& cols, const Tensor& offsets,
-                    const Tensor& sources, const Tensor& entries, double scale) {
-  check_rows(grad_any, "grad");
+// Gradients of x and, if x is given, of the spectrum; one that is not asked for comes back empty. The mix takes bins of
+// grad to bins of dx.
+std::tuple<Tensor, Tensor> fourier_bwd(const Tensor& grad_any, const std::optional<Tensor>& x_any,
+                                       const std::optional<Tensor>& weight, const Tensor& spectrum,
+                                       const Tensor& rows, const Tensor& cols, const Tensor& offsets,
+                                       const Tensor& sources, const Tensor& entries, double scale, bool need_x) {
+  const Tensor grad = rows_of(grad_any, "grad");
   check_spectrum(spectrum);
-  if (dx) check_added_to(*dx, "dx");
-  if (x_any) check_rows(*x_any, "x");
-  const int64_t tokens = grad_any.size(0), out_features = grad_any.size(1);
-  const int64_t in_features = dx ? dx->size(1) : x_any ? x_any->size(1) : 0;
-  for (const std::optional<Tensor>& same : {dx, x_any}) {
-    STD_TORCH_CHECK(!same || (same->size(0) == tokens && same->size(1) == in_features &&
-                              same->scalar_type() == grad_any.scalar_type()),
-                    "fourier: dx and x must have one shape, and the tokens and the dtype of grad");
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, "fourier: offsets must be a vector of in + 1 entries");
+  const int64_t tokens = grad.size(0), out_features = grad.size(1), in_features = offsets.size(0) - 1;
+  check_weight(weight, grad, out_features, in_features);
+  std::optional<Tensor> x;
+  if (x_any) {
+    x = rows_of(*x_any, "x");
+    STD_TORCH_CHECK(
+        x->size(0) == tokens && x->size(1) == in_features && x->scalar_type() == grad.scalar_type(),
+        "fourier: x must have shape (..., ", in_features, "), and the tokens and the dtype of grad");
   }
-  const int64_t count = x_any ? spectrum.size(0) : 0;
-  Tensor dspectrum = torch::stable::new_zeros(spectrum, {count});
-  if (tokens == 0 || out_features == 0 || in_features == 0 || (!dx && !x_any)) return dspectrum;
+  const int64_t count = x ? spectrum.size(0) : 0;
+  const Tensor dx = need_x ? base_gradient(grad, weight, in_features) : allocate(grad, {0, in_features});
+  Tensor dspectrum = allocate_zeros(spectrum, {count});
+  const std::tuple<Tensor, Tensor> result{need_x ? like_rows(dx, grad_any) : dx, dspectrum};
+  if (tokens == 0 || out_features == 0 || in_features == 0 || (!need_x && !x)) return result;
 
-  const Tensor grad = with_contiguous_rows(grad_any);
-  const std::optional<Tensor> x = x_any ? std::optional(with_contiguous_rows(*x_any)) : std::nullopt;
   const Mix mix(out_features, in_features, spectrum, offsets, sources, entries, scale / 2);
   const FourierPlaces places{count, check_table(rows, "rows", spectrum.size(0), out_features),
                              check_table(cols, "cols", spectrum.size(0), in_features)};
@@ -146,7 +153,7 @@ Tensor fourier_bwd_(const std::optional<Tensor>& dx, const Tensor& grad_any, con
       const int64_t last = std::min((group + 1) * tiles / groups * tile, tokens);
       for (int64_t first = group * tiles / groups * tile; first < last; first += tile) {
         run.bwd(mix.view, scalar, std::min(tile, tokens - first), rows_from(grad, first),
-                dx ? rows_into(*dx, first) : MutableRows{}, x ? rows_from(*x, first) : Rows{}, places,
+                need_x ? rows_into(dx, first) : MutableRows{}, x ? rows_from(*x, first) : Rows{}, places,
                 partial.data() + group * count, scratch.data());
       }
     }
@@ -157,13 +164,13 @@ Tensor fourier_bwd_(const std::optional<Tensor>& dx, const Tensor& grad_any, con
     for (int64_t group = 0; group < groups; ++group) sum += partial[group * count + k];
     sums[k] = float(scale * sum);
   }
-  return dspectrum;
+  return result;
 }
 
 }  // namespace
 }  // namespace fastpeft
 
 STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) {
-  m.impl("fourier_fwd_", TORCH_BOX(&fastpeft::fourier_fwd_));
-  m.impl("fourier_bwd_", TORCH_BOX(&fastpeft::fourier_bwd_));
+  m.impl("fourier_fwd", TORCH_BOX(&fastpeft::fourier_fwd));
+  m.impl("fourier_bwd", TORCH_BOX(&fastpeft::fourier_bwd));
 }

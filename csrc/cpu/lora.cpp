@@ -22,8 +22,6 @@ struct Sizes {
 
 Sizes check_sizes(const Tensor& x, const char* name, const std::optional<Tensor>& weight, const Tensor& lora_A,
                   const Tensor& lora_B) {
-  check_cpu(x, name);
-  STD_TORCH_CHECK(x.dim() == 2, "lora: ", name, " must have shape (tokens, features), got ", x.dim(), " dimensions");
   scalar_of(x, name);
   for (const Tensor& matrix : {lora_A, lora_B}) {
     check_cpu(matrix, "the adapter");
@@ -63,33 +61,36 @@ const float* transposed_B(const Tensor& lora_B, const Sizes& sizes, float* copy)
 }
 
 // y = x W^T + b + scaling * h B^T and h = x A^T.
-std::tuple<Tensor, Tensor> lora_fwd(const Tensor& x, const std::optional<Tensor>& weight,
+std::tuple<Tensor, Tensor> lora_fwd(const Tensor& x_any, const std::optional<Tensor>& weight,
                                     const std::optional<Tensor>& bias, const Tensor& lora_A, const Tensor& lora_B,
                                     double scaling) {
+  const Tensor x = as_rows(x_any, "x");
   const Sizes sizes = check_sizes(x, "x", weight, lora_A, lora_B);
   STD_TORCH_CHECK(x.size(1) == sizes.in_features, "lora: x has ", x.size(1), " features, lora_A ", sizes.in_features);
   const Tensor y = base_product(x, weight, bias, sizes.out_features);
-  Tensor h = torch::stable::new_empty(lora_A, {sizes.tokens, sizes.rank});
+  Tensor h = allocate(lora_A, {sizes.tokens, sizes.rank});
   const Tensor a = as_contiguous(lora_A);
   Scratch scratch(sizes.out_features * sizes.rank);
   const auto a_rows = rows_table(static_cast<const float*>(a.const_data_ptr()), sizes.rank, sizes.in_features);
   const auto b_rows = rows_table(transposed_B(lora_B, sizes, scratch.data()), sizes.rank, sizes.out_features);
   low_rank_fwd({a_rows.view(), b_rows.view(), scaling}, x, y, static_cast<float*>(h.mutable_data_ptr()));
-  return {y, h};
+  return {like_rows(y, x_any), h};
 }
 
 // dx = grad W + gB A with gB = scaling * grad B, dA = gB^T x, dB = scaling * grad^T h. A gradient that is not asked for
 // comes back with no rows.
-std::tuple<Tensor, Tensor, Tensor> lora_bwd(const Tensor& grad, const std::optional<Tensor>& x,
+std::tuple<Tensor, Tensor, Tensor> lora_bwd(const Tensor& grad_any, const std::optional<Tensor>& x_any,
                                             const std::optional<Tensor>& weight, const Tensor& lora_A,
                                             const Tensor& lora_B, const std::optional<Tensor>& h_any, double scaling,
                                             bool need_x) {
+  const Tensor grad = as_rows(grad_any, "grad");
+  std::optional<Tensor> x;
+  if (x_any) x = as_rows(*x_any, "x");
   const Sizes sizes = check_sizes(grad, "grad", weight, lora_A, lora_B);
   STD_TORCH_CHECK(grad.size(1) == sizes.out_features, "lora: grad has ", grad.size(1), " features, lora_B ",
                   sizes.out_features);
   if (x) {
-    check_cpu(*x, "x");
-    STD_TORCH_CHECK(x->dim() == 2 && x->size(0) == sizes.tokens && x->size(1) == sizes.in_features &&
+    STD_TORCH_CHECK(x->size(0) == sizes.tokens && x->size(1) == sizes.in_features &&
                         x->scalar_type() == grad.scalar_type(),
                     "lora: x must have shape (", sizes.tokens, ", ", sizes.in_features, ") and the dtype of grad");
   }
@@ -103,29 +104,29 @@ std::tuple<Tensor, Tensor, Tensor> lora_bwd(const Tensor& grad, const std::optio
   if (h_any) h = as_contiguous(*h_any);
   const std::optional<Tensor> dx =
       need_x ? std::optional(base_gradient(grad, weight, sizes.in_features)) : std::nullopt;
-  Tensor dA = torch::stable::new_empty(lora_A, {x ? sizes.rank : 0, sizes.in_features});
-  const bool transposed = by_columns(lora_B) && h;
-  Tensor dB = transposed ? torch::stable::new_empty(lora_B, {sizes.rank, sizes.out_features})
-                         : torch::stable::new_empty(lora_B, {h ? sizes.out_features : 0, sizes.rank});
+  Tensor dA = allocate(lora_A, {x ? sizes.rank : 0, sizes.in_features});
+  const bool flipped = by_columns(lora_B) && h;
+  Tensor dB = flipped ? allocate(lora_B, {sizes.rank, sizes.out_features})
+                         : allocate(lora_B, {h ? sizes.out_features : 0, sizes.rank});
 
   const Tensor a = as_contiguous(lora_A);
   // B transposed, and its gradient likewise, where they do not lie like that already.
   const int64_t matrix = sizes.out_features * sizes.rank;
   Scratch scratch(2 * matrix);
   float* da_data = static_cast<float*>(dA.mutable_data_ptr());
-  float* db_data = transposed ? static_cast<float*>(dB.mutable_data_ptr()) : scratch.data() + matrix;
+  float* db_data = flipped ? static_cast<float*>(dB.mutable_data_ptr()) : scratch.data() + matrix;
   const auto a_rows = rows_table(static_cast<const float*>(a.const_data_ptr()), sizes.rank, sizes.in_features);
   const auto b_rows = rows_table(transposed_B(lora_B, sizes, scratch.data()), sizes.rank, sizes.out_features);
   const auto da_rows = rows_table(da_data, sizes.rank, sizes.in_features);
   const auto db_rows = rows_table(db_data, sizes.rank, sizes.out_features);
   low_rank_bwd({a_rows.view(), b_rows.view(), scaling}, grad, x, h ? floats_of(*h) : nullptr, dx,
                {da_rows.view(), db_rows.view(), scaling}, false);
-  if (h && !transposed) {
+  if (h && !flipped) {
     lora_loops().transpose(db_data, sizes.out_features, sizes.rank, sizes.out_features,
                            static_cast<float*>(dB.mutable_data_ptr()), sizes.rank);
   }
-  return {dx ? *dx : torch::stable::new_empty(grad, {0, sizes.in_features}), dA,
-          transposed ? torch::stable::transpose(dB, 0, 1) : dB};
+  return {dx ? like_rows(*dx, grad_any) : allocate(grad, {0, sizes.in_features}), dA,
+          flipped ? transposed(dB) : dB};
 }
 
 }  // namespace

@@ -51,8 +51,7 @@ struct Adapter {
 
 void check_activation(const Tensor& x, const char* name, int64_t features, const std::optional<Tensor>& weight,
                       const Adapter& adapter) {
-  check_cpu(x, name);
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == features, "mos: ", name, " must have shape (tokens, ", features, ")");
+  STD_TORCH_CHECK(x.size(1) == features, "mos: ", name, " must have shape (..., ", features, ")");
   scalar_of(x, name);
   if (!weight) return;
   check_cpu(*weight, "weight");
@@ -63,24 +62,28 @@ void check_activation(const Tensor& x, const char* name, int64_t features, const
 }
 
 // y = x W^T + b + scaling * h B^T and h = x A^T.
-std::tuple<Tensor, Tensor> mos_fwd(const Tensor& x, const std::optional<Tensor>& weight,
+std::tuple<Tensor, Tensor> mos_fwd(const Tensor& x_any, const std::optional<Tensor>& weight,
                                    const std::optional<Tensor>& bias, const Tensor& pool_A, const Tensor& index_A,
                                    const Tensor& pool_B, const Tensor& index_B, double scaling) {
+  const Tensor x = as_rows(x_any, "x");
   const Adapter adapter(pool_A, index_A, pool_B, index_B);
   const LowRank m{adapter.a.view(), adapter.b.view(), scaling};
   check_activation(x, "x", m.a.features(), weight, adapter);
   const Tensor y = base_product(x, weight, bias, m.b.features());
-  Tensor h = torch::stable::new_empty(pool_A, {x.size(0), m.a.rank});
+  Tensor h = allocate(pool_A, {x.size(0), m.a.rank});
   low_rank_fwd(m, x, y, static_cast<float*>(h.mutable_data_ptr()));
-  return {y, h};
+  return {like_rows(y, x_any), h};
 }
 
 // Adds the gradients of the pools into dpool_A (which needs x) and dpool_B (which needs h), where they are given, and
 // returns that of x, without rows where it is not asked for.
-Tensor mos_bwd_(const std::optional<Tensor>& dpool_A, const std::optional<Tensor>& dpool_B, const Tensor& grad,
-                const std::optional<Tensor>& x, const std::optional<Tensor>& weight, const Tensor& pool_A,
+Tensor mos_bwd_(const std::optional<Tensor>& dpool_A, const std::optional<Tensor>& dpool_B, const Tensor& grad_any,
+                const std::optional<Tensor>& x_any, const std::optional<Tensor>& weight, const Tensor& pool_A,
                 const Tensor& index_A, const Tensor& pool_B, const Tensor& index_B, const std::optional<Tensor>& h_any,
                 double scaling, bool need_x) {
+  const Tensor grad = as_rows(grad_any, "grad");
+  std::optional<Tensor> x;
+  if (x_any) x = as_rows(*x_any, "x");
   const Adapter adapter(pool_A, index_A, pool_B, index_B);
   const LowRank m{adapter.a.view(), adapter.b.view(), scaling};
   check_activation(grad, "grad", m.b.features(), weight, adapter);
@@ -109,7 +112,7 @@ Tensor mos_bwd_(const std::optional<Tensor>& dpool_A, const std::optional<Tensor
   if (x) da = shards_of(static_cast<float*>(dpool_A->mutable_data_ptr()), pool_A, index_A, "index_A");
   if (h) db = shards_of(static_cast<float*>(dpool_B->mutable_data_ptr()), pool_B, index_B, "index_B");
   low_rank_bwd(m, grad, x, h ? floats_of(*h) : nullptr, dx, {da.view(), db.view(), scaling}, true);
-  return dx ? *dx : torch::stable::new_empty(grad, {0, m.a.features()});
+  return dx ? like_rows(*dx, grad_any) : allocate(grad, {0, m.a.features()});
 }
 
 }  // namespace

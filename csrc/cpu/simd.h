@@ -3,6 +3,9 @@
 #pragma once
 
 #include <stdint.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include <utility>
 
@@ -86,6 +89,22 @@ template <typename T>
 inline void store_some(T* to, Vector value, int64_t count) {
   for (int64_t lane = 0; lane < count; ++lane) to[lane] = from_float<T>(value[lane]);
 }
+
+// Lane by lane they cost thirty times a whole vector, and a low rank is seldom a whole vector.
+#if defined(__AVX512F__)
+inline Vector load_some(const float* from, int64_t count) {
+  return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
+}
+inline void store_some(float* to, Vector value, int64_t count) {
+  _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), value);
+}
+#elif defined(__AVX2__)
+inline __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vector load_some(const float* from, int64_t count) { return _mm256_maskload_ps(from, first_lanes(count)); }
+inline void store_some(float* to, Vector value, int64_t count) { _mm256_maskstore_ps(to, first_lanes(count), value); }
+#endif
 
 template <int kStep, int... kLane>
 inline Vector folded(Vector value, std::integer_sequence<int, kLane...>) {

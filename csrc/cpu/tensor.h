@@ -1,12 +1,18 @@
 // What every CPU operator asks of its tensors before it takes their pointers.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <string.h>
+
+#include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <optional>
+#include <vector>
 
 #include "common/half.h"
 #include "cpu/rows.h"
@@ -37,22 +43,103 @@ inline torch::stable::Tensor with_contiguous_rows(const torch::stable::Tensor& t
   return tensor.stride(1) == 1 || tensor.size(1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-// x W^T + b, (tokens, out), by the library; zeros where there is no W.
+// A new tensor in the dtype of `like`. This, the view and the two products below call the library directly: by the name
+// of an operator, through the dispatcher, a call takes as long as a small kernel.
+inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes) {
+  std::array<int64_t, 4> strides;
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  int32_t dtype;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return torch::stable::Tensor(made);
+}
+
+inline torch::stable::Tensor allocate_zeros(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes) {
+  torch::stable::Tensor made = allocate(like, sizes);
+  memset(made.mutable_data_ptr(), 0, made.numel() * made.element_size());
+  return made;
+}
+
+// The same memory in another shape. Not a view to autograd: an output made of it can be changed in place.
+inline torch::stable::Tensor reshaped(const torch::stable::Tensor& tensor, int64_t dims, const int64_t* sizes,
+                                      const int64_t* strides) {
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), dims, sizes, strides, 0, &view));
+  return torch::stable::Tensor(view);
+}
+
+inline torch::stable::Tensor transposed(const torch::stable::Tensor& matrix) {
+  const std::array<int64_t, 2> sizes{matrix.size(1), matrix.size(0)}, strides{matrix.stride(1), matrix.stride(0)};
+  return reshaped(matrix, 2, sizes.data(), strides.data());
+}
+
+// (..., features) as (tokens, features): a view where one stride leads from token to token, else a copy.
+inline torch::stable::Tensor as_rows(const torch::stable::Tensor& x, const char* name) {
+  check_cpu(x, name);
+  const int64_t dims = x.dim();
+  if (dims == 2) return x;
+  STD_TORCH_CHECK(dims > 0, name, " must have shape (..., features), got a scalar");
+  const int64_t features = x.size(dims - 1);
+  int64_t tokens = 1;
+  std::optional<int64_t> stride;
+  bool regular = true;
+  for (int64_t i = dims - 2; i >= 0; --i) {
+    if (x.size(i) == 1) continue;
+    if (!stride) stride = x.stride(i);
+    regular &= x.stride(i) == *stride * tokens;
+    tokens *= x.size(i);
+  }
+  const std::array<int64_t, 2> sizes{tokens, features};
+  if (regular) {
+    const std::array<int64_t, 2> strides{stride.value_or(features), x.stride(dims - 1)};
+    return reshaped(x, 2, sizes.data(), strides.data());
+  }
+  const std::array<int64_t, 2> strides{features, 1};
+  return reshaped(torch::stable::contiguous(x), 2, sizes.data(), strides.data());
+}
+
+// Contiguous (tokens, features) with the leading sizes of x.
+inline torch::stable::Tensor like_rows(const torch::stable::Tensor& y, const torch::stable::Tensor& x) {
+  const int64_t dims = x.dim();
+  if (dims == 2) return y;
+  std::vector<int64_t> sizes(dims, y.size(1)), strides(dims, 1);
+  for (int64_t i = dims - 2; i >= 0; --i) {
+    sizes[i] = x.size(i);
+    strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
+  }
+  return reshaped(y, dims, sizes.data(), strides.data());
+}
+
+// x W^T + b, (tokens, out), as aten::linear computes it; zeros where there is no W.
 inline torch::stable::Tensor base_product(const torch::stable::Tensor& x,
                                           const std::optional<torch::stable::Tensor>& weight,
                                           const std::optional<torch::stable::Tensor>& bias, int64_t out_features) {
-  if (!weight) return torch::stable::new_zeros(x, {x.size(0), out_features});
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(*weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
+  if (!weight) return allocate_zeros(x, {x.size(0), out_features});
+  if (bias) {
+    check_cpu(*bias, "bias");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features && bias->scalar_type() == x.scalar_type(),
+                    "bias must be a vector of ", out_features, " entries in the dtype of x");
+  }
+  torch::stable::Tensor y = allocate(x, {x.size(0), out_features});
+  const torch::stable::Tensor by = transposed(*weight);
+  STABLE_TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cpu_addmm_out(y.get(), bias->get(), x.get(), by.get(), 1.0, 1.0)
+                                     : aoti_torch_cpu_mm_out(y.get(), x.get(), by.get()));
+  return y;
 }
 
 // grad W, (tokens, in), by the library; zeros where there is no W.
 inline torch::stable::Tensor base_gradient(const torch::stable::Tensor& grad,
                                            const std::optional<torch::stable::Tensor>& weight, int64_t in_features) {
-  if (!weight) return torch::stable::new_zeros(grad, {grad.size(0), in_features});
-  return torch::stable::matmul(grad, *weight);
+  if (!weight) return allocate_zeros(grad, {grad.size(0), in_features});
+  torch::stable::Tensor dx = allocate(grad, {grad.size(0), in_features});
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(dx.get(), grad.get(), weight->get()));
+  return dx;
 }
 
 inline Rows rows_from(const torch::stable::Tensor& x, int64_t token) {

@@ -8,6 +8,7 @@ matrix, are put together.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -84,7 +85,7 @@ def through_autocast(run: Callable, x: Tensor, weight: Tensor | None, bias: Tens
     """run(x, weight, bias, *rest) on what autocast gives a linear layer, cast differentiably, and with autocast off:
     inside an operator dtypes are chosen by hand.
     """
-    if not autocast_enabled(x):
+    if not (torch._C._is_any_autocast_enabled() and autocast_enabled(x)):
         return run(x, weight, bias, *rest)
     if dtype := autocast_dtype(x):
         x = x.to(dtype)
@@ -111,8 +112,19 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def like_rows(y: Tensor, x: Tensor) -> Tensor:
-    """(T, out) -> the leading shape of x and out."""
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+    """(T, out) -> the leading shape of x and out. Not a view to autograd: what a Function returns can be changed."""
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """PyTorch's decorator, asked only where somebody wants a second derivative: it takes as long as a small kernel."""
+    refusing = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        return refusing(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:

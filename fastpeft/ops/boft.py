@@ -7,9 +7,10 @@ place. So no permutation is ever carried out, and a factor costs 2·T·d·b oper
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastpeft import reference
@@ -24,7 +25,7 @@ BUTTERFLY_FWD = Operator(
 
 
 def _butterfly_bwd_fake(grad, x, blocks, need_x, need_blocks):
-    dx = x.new_empty(x.shape[0] if need_x else 0, x.shape[1])
+    dx = x.new_empty(*(x.shape[:-1] if need_x else (0,)), x.shape[-1])
     return dx, blocks.new_empty(blocks.shape[0] if need_blocks else 0, *blocks.shape[1:])
 
 
@@ -52,11 +53,11 @@ CAYLEY_BWD = Operator(
 
 
 def _boft_fwd_fake(x, weight, bias, blocks, scale, keep):
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    return y, y.new_empty(y.shape[0] if keep else 0, y.shape[1])
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, y.new_empty(math.prod(x.shape[:-1]) if keep else 0, weight.shape[0])
 
 
-# The whole layer: y, and y before it was scaled where that is kept for the gradient of the scale.
+# The whole layer: y (..., out), and y (T, out) before it was scaled where that is kept for the gradient of the scale.
 BOFT_FWD = Operator(
     "boft_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor blocks, Tensor scale, bool keep) -> (Tensor, Tensor)",
     fake=_boft_fwd_fake,
@@ -65,7 +66,7 @@ BOFT_FWD = Operator(
 
 
 def _boft_bwd_fake(grad, x, weight, bias, blocks, scale, y0, need_x, need_blocks):
-    return *_butterfly_bwd_fake(grad, x, blocks, need_x, need_blocks), scale.new_empty(0 if y0 is None else len(scale))
+    return *_butterfly_bwd_fake(grad, x, blocks, need_x, need_blocks), scale.new_empty(0 if y0 is None else len(scale), 1)
 
 
 # Gradients of x, blocks and scale; the last where y0 is given.
@@ -91,7 +92,7 @@ class CayleyFunction(torch.autograd.Function):
         return q
 
     @staticmethod
-    @once_differentiable
+    @base.once_differentiable
     def backward(ctx, grad):
         (q,) = ctx.saved_tensors
         with base.without_autocast(grad):
@@ -114,7 +115,7 @@ def cayley(
     base.check_floating("skew", skew)
     if skew.dim() < 2 or skew.shape[-1] != skew.shape[-2]:
         raise ValueError(f"skew must have shape (..., b, b), got {tuple(skew.shape)}")
-    if BUTTERFLY_FWD.choose(skew) == "reference":
+    if BUTTERFLY_FWD.choose(skew, skew) == "reference":
         return reference.boft.cayley(skew)
     with base.without_autocast(skew):
         wide = skew.to(torch.promote_types(skew.dtype, torch.float32))
@@ -131,7 +132,7 @@ class BlocksFunction(torch.autograd.Function):
         return q
 
     @staticmethod
-    @once_differentiable
+    @base.once_differentiable
     def backward(ctx, grad):
         return CAYLEY_BWD.call("native", grad, *ctx.saved_tensors)
 
@@ -141,7 +142,7 @@ def boft_blocks(
 ) -> Tensor:  # (m, d / b, b, b), float32 or wider
     """The orthogonal blocks Q of the trained ones: Cayley of S = ½ (R − Rᵀ)."""
     wide = boft_R.to(torch.promote_types(boft_R.dtype, torch.float32))
-    if CAYLEY_FWD.choose(wide) == "native":
+    if CAYLEY_FWD.choose(wide, wide) == "native":
         return BlocksFunction.apply(wide)
     return cayley((wide - wide.mT) / 2)
 
@@ -205,7 +206,7 @@ class ButterflyFunction(torch.autograd.Function):
         return _butterfly(backend, x, blocks)
 
     @staticmethod
-    @once_differentiable
+    @base.once_differentiable
     def backward(ctx, grad):
         x, blocks = ctx.saved_tensors
         need_x, need_blocks, _ = ctx.needs_input_grad
@@ -214,14 +215,15 @@ class ButterflyFunction(torch.autograd.Function):
             dx, dblocks = BUTTERFLY_BWD.call("native", grad, x, blocks, need_x, need_blocks)
             return dx if need_x else None, dblocks if need_blocks else None, None
         with base.without_autocast(grad):
-            return *butterfly_bwd(grad, x, blocks, need_x, need_blocks), None
+            dx, dblocks = butterfly_bwd(base.as_rows(grad), base.as_rows(x), blocks, need_x, need_blocks)
+        return dx if dx is None else base.like_rows(dx, grad), dblocks, None
 
 
 def _butterfly(backend: str, x: Tensor, blocks: Tensor) -> Tensor:
     if backend == "native":
         return BUTTERFLY_FWD.call("native", x, blocks)
     with base.without_autocast(x):
-        return butterfly_fwd(x, blocks)
+        return base.like_rows(butterfly_fwd(base.as_rows(x), blocks), x)
 
 
 def check_blocks(name: str, blocks: Tensor, features: int) -> None:
@@ -287,10 +289,9 @@ def apply_butterfly(x: Tensor, blocks: Tensor) -> Tensor:
         return reference.boft.butterfly(x, blocks)
     wide = torch.promote_types(torch.promote_types(blocks.dtype, x.dtype), torch.float32)
     blocks = blocks.to(wide)
-    rows = base.as_rows(x)
     if base.needs_autograd(x, blocks):
-        return base.like_rows(ButterflyFunction.apply(rows, blocks, backend), x)
-    return base.like_rows(_butterfly(backend, rows, blocks), x)
+        return ButterflyFunction.apply(x, blocks, backend)
+    return _butterfly(backend, x, blocks)
 
 
 def butterfly_transposed(x: Tensor, blocks: Tensor) -> Tensor:
@@ -313,10 +314,6 @@ def scale_rows(y: Tensor, boft_s: Tensor, bias: Tensor | None) -> Tensor:
     return torch.addcmul(wide, wide - bias, scale - 1).to(y.dtype)
 
 
-def _scale_of(boft_s: Tensor) -> Tensor:
-    return boft_s.reshape(-1).float().contiguous()
-
-
 class BOFTFunction(torch.autograd.Function):
     """The whole layer in compiled operators. Keeps x, and y before it was scaled if s is trained.
 
@@ -327,24 +324,22 @@ class BOFTFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, matrices, boft_s, from_R):
         need_s = ctx.needs_input_grad[4]
         blocks = CAYLEY_FWD.call("native", matrices) if from_R else matrices
-        y, y0 = BOFT_FWD.call("native", x, weight, bias, blocks, _scale_of(boft_s), need_s)
+        y, y0 = BOFT_FWD.call("native", x, weight, bias, blocks, boft_s, need_s)
         ctx.save_for_backward(x, weight, bias, blocks, boft_s, y0 if need_s else None)
         ctx.from_R = from_R
         return y
 
     @staticmethod
-    @once_differentiable
+    @base.once_differentiable
     def backward(ctx, grad):
         need_x, _, _, need_blocks, *_ = ctx.needs_input_grad
         x, weight, bias, blocks, boft_s, y0 = ctx.saved_tensors
-        with base.without_autocast(grad):
-            dx, dblocks, ds = BOFT_BWD.call(
-                "native", grad, x, weight, bias, blocks, _scale_of(boft_s), y0, need_x, need_blocks
-            )
+        dx, dblocks, ds = BOFT_BWD.call(
+            "native", grad, x, weight, bias, blocks, boft_s, y0, need_x, need_blocks
+        )
         if ctx.from_R and need_blocks:
             dblocks = CAYLEY_BWD.call("native", dblocks, blocks)
-        ds = None if y0 is None else ds.reshape(boft_s.shape).to(boft_s.dtype)
-        return dx if need_x else None, None, None, dblocks if need_blocks else None, ds, None
+        return dx if need_x else None, None, None, dblocks if need_blocks else None, None if y0 is None else ds, None
 
 
 def rotated_linear(
@@ -368,20 +363,19 @@ def apply_boft(x: Tensor, weight: Tensor, bias: Tensor | None, boft_R: Tensor, b
 
 
 def _in_one_operator(x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Tensor, boft_s: Tensor) -> bool:
-    if matrices.device != x.device:
-        raise ValueError(f"x must be on the adapter's device, {matrices.device}, got {x.device}")
-    native = BOFT_FWD.choose(x, matrices, boft_s) == "native"
+    native = BOFT_FWD.choose(x, matrices) == "native"
+    if boft_s.dtype != matrices.dtype:
+        native = native and BOFT_FWD.choose(x, boft_s) == "native"
     return native and base.is_frozen(weight, bias)
 
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Tensor, boft_s: Tensor, from_R: bool) -> Tensor:
-    rows, matrices = base.as_rows(x), matrices.float()
+    if matrices.dtype != torch.float32 or boft_s.dtype != torch.float32:
+        matrices, boft_s = matrices.float(), boft_s.float()
     if base.needs_autograd(x, matrices, boft_s):
-        y = BOFTFunction.apply(rows, weight, bias, matrices, boft_s, from_R)
-    else:
-        blocks = CAYLEY_FWD.call("native", matrices) if from_R else matrices
-        y, _ = BOFT_FWD.call("native", rows, weight, bias, blocks, _scale_of(boft_s), False)
-    return base.like_rows(y, x)
+        return BOFTFunction.apply(x, weight, bias, matrices, boft_s, from_R)
+    blocks = CAYLEY_FWD.call("native", matrices) if from_R else matrices
+    return BOFT_FWD.call("native", x, weight, bias, blocks, boft_s, False)[0]
 
 
 def boft_linear(
@@ -416,6 +410,6 @@ def boft_linear(
     check_blocks("boft_R", boft_R, x.shape[-1] if x.dim() else 0)
     base.check_base(x, weight, bias, boft_R.shape[1] * boft_R.shape[2], boft_s.shape[0])
     base.check_same_device(x, boft_R=boft_R, boft_s=boft_s)
-    if BUTTERFLY_FWD.choose(x) == "reference":
+    if BUTTERFLY_FWD.choose(x, boft_R) == "reference":
         return reference.boft.boft_linear(x, weight, bias, boft_R, boft_s)
     return apply_boft(x, weight, bias, boft_R, boft_s)

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -29,20 +28,25 @@ from fastpeft import reference
 from fastpeft.backend import Operator
 from fastpeft.ops import base
 
-# y += delta(x), with the mix from bins of x to bins of y and scale = α / (d1 d2).
+# y, with the mix from bins of x to bins of y and scale = α / (d1 d2).
 FOURIER_FWD = Operator(
-    "fourier_fwd_(Tensor(a!) y, Tensor x, Tensor spectrum, Tensor offsets, Tensor sources, Tensor entries, float scale)"
-    " -> ()",
-    fake=lambda *_: None,
+    "fourier_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor spectrum, Tensor offsets, Tensor sources,"
+    " Tensor entries, float scale) -> Tensor",
+    fake=lambda x, weight, bias, spectrum, offsets, *_: x.new_empty(*x.shape[:-1], offsets.shape[0] - 1),
     order=("native", "torch"),
 )
 
-# dx += the gradient of x by the mix from bins of grad to bins of x; returns the gradient of spectrum, or no entries
-# where x is not given.
+
+def _fourier_bwd_fake(grad, x, weight, spectrum, rows, cols, offsets, sources, entries, scale, need_x):
+    dx = grad.new_empty(*(grad.shape[:-1] if need_x else (0,)), offsets.shape[0] - 1)
+    return dx, spectrum.new_empty(0 if x is None else spectrum.shape[0])
+
+
+# Gradients of x, by the mix from bins of grad to bins of x, and of spectrum where x is given.
 FOURIER_BWD = Operator(
-    "fourier_bwd_(Tensor(a!)? dx, Tensor grad, Tensor? x, Tensor spectrum, Tensor rows, Tensor cols, Tensor offsets,"
-    " Tensor sources, Tensor entries, float scale) -> Tensor",
-    fake=lambda dx, grad, x, spectrum, *_: spectrum.new_empty(0 if x is None else spectrum.shape[0]),
+    "fourier_bwd(Tensor grad, Tensor? x, Tensor? weight, Tensor spectrum, Tensor rows, Tensor cols, Tensor offsets,"
+    " Tensor sources, Tensor entries, float scale, bool need_x) -> (Tensor, Tensor)",
+    fake=_fourier_bwd_fake,
     order=("native", "torch"),
 )
 
@@ -184,21 +188,10 @@ def fourier_fwd(
     shape: tuple[int, int],
     scaling: float,
 ) -> Tensor:  # (T, out)
-    """The base product with the delta added into it."""
-    y = x.new_zeros(x.shape[0], shape[0]) if weight is None else F.linear(x, weight, bias)
-    if _runs_native(FOURIER_FWD, x, spectrum):
-        FOURIER_FWD.call("native", y, x, spectrum, *tables.forward, scaling / (shape[0] * shape[1]))
-        return y
-    return _add_delta(y, x, spectrum, tables.forward_bags, shape, scaling)
-
-
-def _runs_native(operator: Operator, x: Tensor, spectrum: Tensor) -> bool:
-    return operator.choose(x, spectrum) == "native"
-
-
-def _add_delta(y: Tensor, x: Tensor, spectrum: Tensor, bags: Bags, shape: tuple[int, int], scaling: float) -> Tensor:
-    """The composition: adds the delta of x (T, in) into y (T, out); shape is (out, in)."""
+    """The composition: the base product with the delta added into it."""
     out_features, in_features = shape
+    y = x.new_zeros(x.shape[0], out_features) if weight is None else F.linear(x, weight, bias)
+    bags = tables.forward_bags
     coefficients = _coefficients(bags, spectrum, scaling / in_features)
     chunks = _token_chunks(x, max(shape))
     for start in chunks:
@@ -224,13 +217,6 @@ def fourier_bwd(
     dx = None
     if need_x:
         dx = grad.new_zeros(grad.shape[0], in_features) if weight is None else grad @ weight
-    if _runs_native(FOURIER_BWD, grad, spectrum):
-        places = (tables.rows, tables.cols, *tables.backward)
-        source = x if need_spectrum else None
-        dspectrum = FOURIER_BWD.call(
-            "native", dx, grad, source, spectrum, *places, scaling / (out_features * in_features)
-        )
-        return dx, dspectrum if need_spectrum else None
     coefficients = _coefficients(tables.backward_bags, spectrum, scaling / out_features)
     bags = tables.forward_bags
     products = torch.zeros(len(bags.source), dtype=spectrum.dtype, device=spectrum.device)
@@ -258,24 +244,47 @@ def _bag_products(grad_table: Tensor, table: Tensor, bags: Bags) -> Tensor:
     )
 
 
+def _run(
+    backend: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    spectrum: Tensor,
+    tables: Tables,
+    shape: tuple[int, int],
+    scaling: float,
+) -> Tensor:
+    if backend == "native":
+        return FOURIER_FWD.call("native", x, weight, bias, spectrum, *tables.forward, scaling / (shape[0] * shape[1]))
+    return base.like_rows(fourier_fwd(base.as_rows(x), weight, bias, spectrum, tables, shape, scaling), x)
+
+
 class FourierFunction(torch.autograd.Function):
     """Keeps x alone: its spectrum is computed again on the way back."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, spectrum, tables, shape, scaling):
+    def forward(ctx, x, weight, bias, spectrum, tables, shape, scaling, backend):
         need_x, need_spectrum = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         ctx.save_for_backward(x if need_spectrum else None, weight if need_x else None, spectrum)
-        ctx.tables, ctx.shape, ctx.scaling = tables, shape, scaling
-        return fourier_fwd(x, weight, bias, spectrum, tables, shape, scaling)
+        ctx.settings = tables, shape, scaling, backend
+        return _run(backend, x, weight, bias, spectrum, tables, shape, scaling)
 
     @staticmethod
-    @once_differentiable
+    @base.once_differentiable
     def backward(ctx, grad):
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[3])
-        with base.without_autocast(grad):
-            x, weight, spectrum = ctx.saved_tensors
-            dx, dspectrum = fourier_bwd(grad, x, weight, spectrum, ctx.tables, ctx.shape, ctx.scaling, needs)
-        return dx, None, None, dspectrum, None, None, None
+        needs = need_x, need_spectrum = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        x, weight, spectrum = ctx.saved_tensors
+        tables, shape, scaling, backend = ctx.settings
+        if backend == "native":
+            places = (tables.rows, tables.cols, *tables.backward)
+            scale = scaling / (shape[0] * shape[1])
+            dx, dspectrum = FOURIER_BWD.call("native", grad, x, weight, spectrum, *places, scale, need_x)
+        else:
+            rows = x if x is None else base.as_rows(x)
+            with base.without_autocast(grad):
+                dx, dspectrum = fourier_bwd(base.as_rows(grad), rows, weight, spectrum, tables, shape, scaling, needs)
+            dx = dx if dx is None else base.like_rows(dx, grad)
+        return dx if need_x else None, None, None, dspectrum if need_spectrum else None, None, None, None, None
 
 
 def fourier_linear(
@@ -329,9 +338,8 @@ def apply_fourier(
     scaling: float,
 ) -> Tensor:  # (..., out)
     """fourier_linear for arguments that are known to fit, tables at hand, and weight=None for the delta alone."""
-    if spectrum.device != x.device:
-        raise ValueError(f"x must be on the adapter's device, {spectrum.device}, got {x.device}")
-    if FOURIER_FWD.choose(x) == "reference":
+    backend = FOURIER_FWD.choose(x, spectrum)
+    if backend == "reference":
         wide = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
         delta = reference.fourierft.fourier_weight(wide, tables.rows.long(), tables.cols.long(), shape, scaling)
         return base.dense_linear(x, weight, bias, delta)
@@ -339,7 +347,7 @@ def apply_fourier(
         assert weight is not None
         delta = apply_fourier(x, None, None, spectrum, tables, shape, scaling)
         return F.linear(x, weight, bias) + delta
-    return base.through_autocast(_apply, x, weight, bias, spectrum, tables, shape, scaling)
+    return base.through_autocast(_apply, x, weight, bias, spectrum, tables, shape, scaling, backend)
 
 
 def _apply(
@@ -350,12 +358,13 @@ def _apply(
     tables: Tables,
     shape: tuple[int, int],
     scaling: float,
+    backend: str,
 ) -> Tensor:
-    rows = base.as_rows(x)
     if spectrum.dtype != torch.float32 or x.dtype == torch.float64:
         spectrum = spectrum.to(torch.promote_types(torch.promote_types(spectrum.dtype, x.dtype), torch.float32))
-    run = FourierFunction.apply if base.needs_autograd(x, spectrum) else fourier_fwd
-    return base.like_rows(run(rows, weight, bias, spectrum, tables, shape, scaling), x)
+    if base.needs_autograd(x, spectrum):
+        return FourierFunction.apply(x, weight, bias, spectrum, tables, shape, scaling, backend)
+    return _run(backend, x, weight, bias, spectrum, tables, shape, scaling)
 
 
 def fourier_weight(
@@ -388,7 +397,7 @@ def fourier_weight(
     check_places(rows, cols, shape)
     base.check_shape("spectrum", spectrum, tuple(rows.shape))
     wide = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
-    if FOURIER_FWD.choose(spectrum) == "reference":
+    if FOURIER_FWD.choose(spectrum, spectrum) == "reference":
         return reference.fourierft.fourier_weight(wide, rows, cols, shape, scaling)
     out_features, in_features = shape
     # H[u, v] = ½ (S[u, v] + S[−u, −v]) is Hermitian, and Re ifft2(S) = ifft2(H). Keep each entry's half of it, and the

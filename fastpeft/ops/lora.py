@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastpeft import reference
@@ -13,11 +14,11 @@ from fastpeft.ops import base
 
 
 def _lora_fwd_fake(x, weight, bias, lora_A, lora_B, scaling):
-    tokens = x.shape[0]
-    return x.new_empty(tokens, lora_B.shape[0]), x.new_empty(tokens, lora_A.shape[0], dtype=torch.float32)
+    lead = x.shape[:-1]
+    return x.new_empty(*lead, lora_B.shape[0]), x.new_empty(math.prod(lead), lora_A.shape[0], dtype=torch.float32)
 
 
-# Returns y and h = x Aᵀ. Triton stands behind the library composition until it has been measured on a GPU.
+# Returns y (..., out) and h = x Aᵀ (T, r). Triton stands behind the library composition until it has been measured on a GPU.
 LORA_FWD = Operator(
     "lora_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)",
     fake=_lora_fwd_fake,
@@ -26,7 +27,7 @@ LORA_FWD = Operator(
 
 
 def _lora_bwd_fake(grad, x, weight, lora_A, lora_B, h, scaling, need_x):
-    dx = grad.new_empty(grad.shape[0] if need_x else 0, lora_A.shape[1])
+    dx = grad.new_empty(*(grad.shape[:-1] if need_x else (0,)), lora_A.shape[1])
     dA = lora_A.new_empty(0 if x is None else lora_A.shape[0], lora_A.shape[1])
     return dx, dA, lora_B.new_empty(0, lora_B.shape[1]) if h is None else torch.empty_like(lora_B)
 
@@ -100,9 +101,14 @@ def lora_bwd(
 def _run(
     backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    if backend == "torch" or (backend == "triton" and weight is None):
-        return lora_fwd(x, weight, bias, lora_A, lora_B, scaling)
-    return LORA_FWD.call(backend, x, weight, bias, lora_A, lora_B, scaling)
+    if backend == "native":
+        return LORA_FWD.call("native", x, weight, bias, lora_A, lora_B, scaling)
+    rows = base.as_rows(x)
+    if backend == "torch" or weight is None:
+        y, h = lora_fwd(rows, weight, bias, lora_A, lora_B, scaling)
+    else:
+        y, h = LORA_FWD.call(backend, rows, weight, bias, lora_A, lora_B, scaling)
+    return base.like_rows(y, x), h
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -115,15 +121,18 @@ class LoRAFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @base.once_differentiable
     def backward(ctx, grad):
         need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
         x, weight, lora_A, lora_B, h = ctx.saved_tensors
-        with base.without_autocast(grad):
-            if ctx.backend == "native":
-                dx, dA, dB = LORA_BWD.call("native", grad, x, weight, lora_A, lora_B, h, ctx.scaling, need_x)
-            else:
-                dx, dA, dB = lora_bwd(grad, x, weight, lora_A, lora_B, h, ctx.scaling, (need_x, need_A, need_B))
+        if ctx.backend == "native":
+            dx, dA, dB = LORA_BWD.call("native", grad, x, weight, lora_A, lora_B, h, ctx.scaling, need_x)
+        else:
+            rows = x if x is None else base.as_rows(x)
+            with base.without_autocast(grad):
+                needs = (need_x, need_A, need_B)
+                dx, dA, dB = lora_bwd(base.as_rows(grad), rows, weight, lora_A, lora_B, h, ctx.scaling, needs)
+            dx = dx if dx is None else base.like_rows(dx, grad)
         return dx if need_x else None, None, None, dA if need_A else None, dB if need_B else None, None, None
 
 
@@ -169,8 +178,6 @@ def apply_lora(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
     """lora_linear for arguments that are known to fit."""
-    if lora_A.device != x.device:
-        raise ValueError(f"x must be on the adapter's device, {lora_A.device}, got {x.device}")
     backend = LORA_FWD.choose(x, lora_A)
     if backend == "reference":
         return base.dense_linear(x, weight, bias, reference.lora.lora_weight(lora_A, lora_B, scaling))
@@ -180,15 +187,11 @@ def apply_lora(
 def _apply(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str
 ) -> Tensor:
-    if backend == "native":
+    if backend == "native" and lora_A.dtype != torch.float32:
         lora_A, lora_B = lora_A.float(), lora_B.float()
-    rows = base.as_rows(x)
     if not base.needs_autograd(x, weight, bias, lora_A, lora_B):
-        y, _ = _run(backend, rows, weight, bias, lora_A, lora_B, scaling)
-    elif base.is_frozen(weight, bias):
-        y = LoRAFunction.apply(rows, weight, bias, lora_A, lora_B, scaling, backend)
-    else:
-        assert weight is not None
-        delta = LoRAFunction.apply(rows, None, None, lora_A, lora_B, scaling, backend)
-        y = F.linear(rows, weight, bias) + delta
-    return base.like_rows(y, x)
+        return _run(backend, x, weight, bias, lora_A, lora_B, scaling)[0]
+    if base.is_frozen(weight, bias):
+        return LoRAFunction.apply(x, weight, bias, lora_A, lora_B, scaling, backend)
+    assert weight is not None
+    return F.linear(x, weight, bias) + LoRAFunction.apply(x, None, None, lora_A, lora_B, scaling, backend)

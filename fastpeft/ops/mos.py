@@ -8,11 +8,11 @@ one array, and autograd receives that array from the tap's own node, which runs 
 
 from __future__ import annotations
 
+import math
 import weakref
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastpeft.backend import Operator
@@ -20,11 +20,11 @@ from fastpeft.ops import base, lora
 
 
 def _mos_fwd_fake(x, weight, bias, pool_A, index_A, pool_B, index_B, scaling):
-    tokens, (rank, shards) = x.shape[0], index_A.shape
-    return x.new_empty(tokens, pool_B.shape[1] * shards), pool_A.new_empty(tokens, rank)
+    lead, (rank, shards) = x.shape[:-1], index_A.shape
+    return x.new_empty(*lead, pool_B.shape[1] * shards), pool_A.new_empty(math.prod(lead), rank)
 
 
-# Returns y and h = x Aᵀ. In the other lanes MoS is LoRA over assembled matrices.
+# Returns y (..., out) and h = x Aᵀ (T, r). In the other lanes MoS is LoRA over assembled matrices.
 MOS_FWD = Operator(
     "mos_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor pool_A, Tensor index_A, Tensor pool_B, Tensor index_B,"
     " float scaling) -> (Tensor, Tensor)",
@@ -34,7 +34,7 @@ MOS_FWD = Operator(
 
 
 def _mos_bwd_fake(dpool_A, dpool_B, grad, x, weight, pool_A, index_A, pool_B, index_B, h, scaling, need_x):
-    return grad.new_empty(grad.shape[0] if need_x else 0, pool_A.shape[1] * index_A.shape[1])
+    return grad.new_empty(*(grad.shape[:-1] if need_x else (0,)), pool_A.shape[1] * index_A.shape[1])
 
 
 # Adds the gradients of the pools into dpool_A (from x) and dpool_B (from h) where they are given. Returns that of x,
@@ -57,7 +57,7 @@ class PoolTapFunction(torch.autograd.Function):
         return pool.new_empty(0)
 
     @staticmethod
-    @once_differentiable
+    @base.once_differentiable
     def backward(ctx, _):
         return ctx.partial.pop(torch._C._current_graph_task_id(), None), None
 
@@ -109,7 +109,7 @@ class ShardsFunction(torch.autograd.Function):
         return pool[index].flatten(1)
 
     @staticmethod
-    @once_differentiable
+    @base.once_differentiable
     def backward(ctx, grad):
         pool, index = ctx.saved_tensors
         if ctx.needs_input_grad[2]:
@@ -120,7 +120,7 @@ class ShardsFunction(torch.autograd.Function):
 
 def assemble(pool: Tensor, index: Tensor) -> Tensor:
     """Vectors from their shards, (r, d): rows of A, or columns of B."""
-    by_autograd = torch.compiler.is_compiling() or lora.LORA_FWD.choose(pool) == "reference"
+    by_autograd = torch.compiler.is_compiling() or lora.LORA_FWD.choose(pool, pool) == "reference"
     if by_autograd or not base.needs_autograd(pool):
         return pool[index].flatten(1)
     tap = pool_tap(pool)
@@ -140,7 +140,7 @@ class MoSFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @base.once_differentiable
     def backward(ctx, grad):
         need_x = ctx.needs_input_grad[0]
         x, weight, pool_A, index_A, pool_B, index_B, h = ctx.saved_tensors
@@ -148,10 +148,9 @@ class MoSFunction(torch.autograd.Function):
         dpool_A = ctx.taps[0].gradient(pool_A) if need_A else None
         dpool_B = ctx.taps[1].gradient(pool_B) if need_B else None
         x, h = x if need_A else None, h if need_B else None
-        with base.without_autocast(grad):
-            dx = MOS_BWD.call(
-                "native", dpool_A, dpool_B, grad, x, weight, pool_A, index_A, pool_B, index_B, h, ctx.scaling, need_x
-            )
+        dx = MOS_BWD.call(
+            "native", dpool_A, dpool_B, grad, x, weight, pool_A, index_A, pool_B, index_B, h, ctx.scaling, need_x
+        )
         # As in ShardsFunction, the tokens' gradients are empty.
         empty_A, empty_B = (grad.new_empty(0) if need else None for need in (need_A, need_B))
         return dx if need_x else None, None, None, None, None, empty_A, None, None, None, empty_B, None, None
@@ -218,8 +217,6 @@ def apply_mos(
     scaling: float,
 ) -> Tensor:
     """mos_linear for arguments that are known to fit."""
-    if pool_A.device != x.device:
-        raise ValueError(f"x must be on the adapter's device, {pool_A.device}, got {x.device}")
     in_place = (
         MOS_FWD.choose(x, pool_A) == "native" and pool_A.dtype == torch.float32 and not torch.compiler.is_compiling()
     )
@@ -238,16 +235,14 @@ def _apply(
     index_B: Tensor,
     scaling: float,
 ) -> Tensor:
-    rows = base.as_rows(x)
     if not base.needs_autograd(x, pool_A, pool_B):
         matrices = [tensor.contiguous() for tensor in (pool_A, index_A, pool_B, index_B)]
-        y, _ = MOS_FWD.call("native", rows, weight, bias, *matrices, scaling)
-        return base.like_rows(y, x)
+        return MOS_FWD.call("native", x, weight, bias, *matrices, scaling)[0]
     sides: list = []
     for pool, index in ((pool_A, index_A), (pool_B, index_B)):
         tap = pool_tap(pool) if pool.requires_grad else None
         sides += [pool.detach().contiguous(), index.contiguous(), None if tap is None else tap.token, tap]
-    return base.like_rows(MoSFunction.apply(rows, weight, bias, *sides, scaling), x)
+    return MoSFunction.apply(x, weight, bias, *sides, scaling)
 
 
 def check_index(name: str, index: Tensor, n_shards: int) -> None:
