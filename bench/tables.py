@@ -203,12 +203,16 @@ def per_doubling(rows: Sequence[Row], phase: str, along: Callable, group: Callab
     return statistics.median(factors) if factors else None
 
 
-def notes(rows: Sequence[Row], peft: ModuleType | None, memory: bool) -> list[str]:
+def setting(peft: ModuleType | None) -> str:
     extension = fastpeft.backend.extension
     machine = f"{platform.machine()}, extension {extension.isa if extension else 'missing'}"
     versions = f"torch {torch.__version__}, PEFT {peft.__version__ if peft else 'left out'}"
+    return f"- {torch.get_num_threads()} threads, {machine}, {versions}"
+
+
+def notes(rows: Sequence[Row], peft: ModuleType | None, memory: bool) -> list[str]:
     lines = [
-        f"- {torch.get_num_threads()} threads, {machine}, {versions}",
+        setting(peft),
         "- tax: time over that of the frozen layer, called in turn; PEFT / ours: the ratio of the two taxes",
         "- in bfloat16 base, inputs and outputs are bfloat16, adapters float32; "
         "MoS is one of 32 layers that share pools, and its training step writes the gradient of the whole pools",

@@ -56,7 +56,9 @@ GRIDS: dict[str, dict[str, Sequence[Any]]] = {
 # ---------------------------------------------------------------------- one pair
 
 
-def in_turn(base: Callable[[], float], adapted: Callable[[], float]) -> tuple[float, float, int]:
+def in_turn(
+    base: Callable[[], float], adapted: Callable[[], float], patience: float = PATIENCE
+) -> tuple[float, float, int]:
     """Median seconds of two calls that take turns, and of how many rounds. Each returns the seconds it took."""
     times: list[tuple[float, float]] = []
     rounds, start = ROUNDS, time.perf_counter()
@@ -64,7 +66,7 @@ def in_turn(base: Callable[[], float], adapted: Callable[[], float]) -> tuple[fl
         times.append((base(), adapted()))
         if len(times) == WARM_UP:
             rounds = min(max(ROUNDS, int(PAIR_SECONDS / sum(times[-1]))), MOST_ROUNDS)
-        if len(times) >= 3 and time.perf_counter() - start > PATIENCE:
+        if len(times) >= 3 and time.perf_counter() - start > patience:
             break
     timed = times[min(WARM_UP, len(times) - 3) :]  # the slowest have run once before, when they were checked
     base_times, adapted_times = zip(*timed, strict=True)

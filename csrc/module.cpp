@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/version.h>
 
+#include <cstring>
+
 #include "cpu/isa.h"
 
 namespace {
@@ -23,7 +25,13 @@ std::string target_version() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "What this build of fastpeft holds. The operators themselves are in torch.ops.fastpeft.";
+  m.doc() = "What this build of fastpeft holds. The operators are in torch.ops.fastpeft.";
+  m.def(
+      "same_bytes",
+      [](intptr_t a, intptr_t b, size_t bytes) {
+        return memcmp(reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b), bytes) == 0;
+      },
+      "Whether two stretches of memory, given by their addresses, hold the same.");
   m.attr("isa") = fastpeft::isa_name(fastpeft::active_isa());
   m.attr("compiled_isas") = names(false);
   m.attr("supported_isas") = names(true);

@@ -156,7 +156,8 @@ def test_forcing_nests_and_ends_with_an_error():
 CHOSEN = """
 import torch, fastpeft
 from fastpeft.backend import OPERATORS
-print(OPERATORS["butterfly_fwd"].choose(torch.empty(0), torch.empty(0)), fastpeft.backends()["lora_fwd (cpu)"]["triton"])
+x = torch.empty(0)
+print(OPERATORS["butterfly_fwd"].choose(x, x), fastpeft.backends()["lora_fwd (cpu)"]["triton"])
 """
 
 

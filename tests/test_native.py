@@ -104,7 +104,8 @@ def fourier_inputs(d_in: int, d_out: int, n: int, tokens: int, dtype: torch.dtyp
     places = torch.randperm(d_in * d_out, generator=g)[:n]
     tables = fourierft.make_tables(places // d_in, places % d_in, (d_out, d_in))
     x, weight, bias, grad = (
-        torch.randn(*shape, generator=g).to(dtype) for shape in ((tokens, d_in), (d_out, d_in), (d_out,), (tokens, d_out))
+        torch.randn(*shape, generator=g).to(dtype)
+        for shape in ((tokens, d_in), (d_out, d_in), (d_out,), (tokens, d_out))
     )
     return x, weight, bias, torch.randn(n, generator=g), grad, tables
 
@@ -410,9 +411,8 @@ def test_mos_opcheck(size: tuple[int, ...], dtype: torch.dtype):
         (0, torch.zeros(3, 6), "index_A must lie in"),
         (1, torch.full((2, 2), 4), "index_A must lie in"),
         (1, torch.full((2, 2), -1), "index_A must lie in"),
-        (1, torch.zeros(2, 2, dtype=torch.int32), "index_A must be a contiguous int64 matrix"),
-        (2, torch.zeros(4, 5).half(), "pool_B must be a contiguous float32 matrix"),
-        (2, torch.zeros(5, 4).T, "pool_B must be a contiguous float32 matrix"),
+        (1, torch.zeros(2, 2, dtype=torch.int32), "index_A must be an int64 matrix"),
+        (2, torch.zeros(4, 5).half(), "pool_B must be a float32 matrix"),
         (3, torch.zeros(3, 2, dtype=torch.int64), "one shape"),
     ],
     ids=str,
@@ -428,6 +428,15 @@ def test_mos_operators_check_their_arguments(place: int, value: torch.Tensor, me
         torch.ops.fastpeft.mos_bwd_(None, None, grad, None, weight, *changed, None, 1.0, True)
     with pytest.raises(RuntimeError, match="dpool_A goes with x"):
         torch.ops.fastpeft.mos_bwd_(pools[0], None, grad, None, weight, *pools, h, 1.0, True)
+    with pytest.raises(RuntimeError, match="dpool_A must be contiguous and have the shape of its pool"):
+        torch.ops.fastpeft.mos_bwd_(pools[0].T.contiguous().T, None, grad, x, weight, *pools, None, 1.0, True)
+
+
+def test_mos_takes_any_strides_of_its_pools():
+    x, weight, bias, pools, _, _ = mos_inputs(12, 10, 2, 2, 4, 3)
+    by_columns = [pool.T.contiguous().T for pool in pools]
+    expected = torch.ops.fastpeft.mos_fwd(x, weight, bias, *pools, 1.0)
+    assert_same_bits([expected, torch.ops.fastpeft.mos_fwd(x, weight, bias, *by_columns, 1.0)])
 
 
 # ---------------------------------------------------------------------- BOFT's layer

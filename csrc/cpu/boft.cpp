@@ -45,13 +45,13 @@ int64_t range_features(const ButterflyShape& shape, int64_t cached, int64_t want
 // A task is worth handing to another thread from about this many multiply-adds on.
 constexpr int64_t kGrainWork = 1 << 17;
 
-Tensor rotate(const Tensor& x_any, const Tensor& blocks_any) {
+// y = x R, both (tokens, features).
+void rotate(const Tensor& x_any, const Tensor& blocks_any, const Tensor& y) {
   const ButterflyShape shape = check_shape(x_any, blocks_any);
   const Tensor x = with_contiguous_rows(x_any);
   const Tensor blocks = as_contiguous(blocks_any);
   const int64_t tokens = x.size(0), d = shape.features;
-  Tensor y = allocate(x, {tokens, d});
-  if (tokens == 0 || d == 0) return y;
+  if (tokens == 0 || d == 0) return;
 
   constexpr int64_t kCached = 128;  // times kButterflyTokens: a first-level cache
   const int64_t token_tasks = (tokens + kButterflyTokens - 1) / kButterflyTokens;
@@ -69,13 +69,13 @@ Tensor rotate(const Tensor& x_any, const Tensor& blocks_any) {
                   rows_from(x, token), q, rows_into(y, token), scratch.data());
     }
   });
-  return y;
 }
 
-// Tasks own ranges of features with all their tokens, so every block gradient has one owner and one order of
-// addition, whatever the number of threads.
-std::tuple<Tensor, Tensor> rotate_bwd(const Tensor& grad_any, const Tensor& x_any, const Tensor& blocks_any,
-                                      bool need_x, bool need_blocks) {
+// dx = grad R^T if dx is given, which may be grad, and returns the gradient of the blocks, or none of them. Tasks own
+// ranges of features with all their tokens, so every block gradient has one owner and one order of addition, whatever
+// the number of threads.
+Tensor rotate_bwd(const Tensor& grad_any, const Tensor& x_any, const Tensor& blocks_any,
+                  const std::optional<Tensor>& dx, bool need_blocks) {
   const ButterflyShape shape = check_shape(x_any, blocks_any);
   STD_TORCH_CHECK(grad_any.size(0) == x_any.size(0) && grad_any.size(1) == x_any.size(1) &&
                       grad_any.scalar_type() == x_any.scalar_type(),
@@ -84,10 +84,8 @@ std::tuple<Tensor, Tensor> rotate_bwd(const Tensor& grad_any, const Tensor& x_an
   const Tensor grad = with_contiguous_rows(grad_any);
   const Tensor blocks = as_contiguous(blocks_any);
   const int64_t tokens = x.size(0), d = shape.features;
-  Tensor dx = allocate(x, {need_x ? tokens : 0, d});
-  Tensor dblocks =
-      allocate_zeros(blocks, {need_blocks ? shape.factors : 0, blocks.size(1), shape.block, shape.block});
-  if (tokens == 0 || d == 0 || (!need_x && !need_blocks)) return {dx, dblocks};
+  Tensor dblocks = allocate_zeros(blocks, {need_blocks ? shape.factors : 0, blocks.size(1), shape.block, shape.block});
+  if (tokens == 0 || d == 0 || (!dx && !need_blocks)) return dblocks;
 
   constexpr int64_t kCached = 64;  // a page for each factor and the sums of its blocks: a second-level cache
   const int64_t count = range_features(shape, kCached, torch::stable::get_num_threads());
@@ -99,20 +97,27 @@ std::tuple<Tensor, Tensor> rotate_bwd(const Tensor& grad_any, const Tensor& x_an
     Scratch scratch(butterfly_scratch_floats(shape, {0, count}, true));
     for (int64_t first = begin * count; first < std::min(end * count, d); first += count) {
       loops().bwd(shape, {first, std::min(count, d - first)}, tokens, rows_from(grad, 0), rows_from(x, 0), q,
-                  need_x ? rows_into(dx, 0) : MutableRows{}, dq, scratch.data());
+                  dx ? rows_into(*dx, 0) : MutableRows{}, dq, scratch.data());
     }
   });
-  return {dx, dblocks};
+  return dblocks;
 }
 
-Tensor butterfly_fwd(const Tensor& x, const Tensor& blocks) {
-  return like_rows(rotate(as_rows(x, "x"), blocks), x);
+Tensor butterfly_fwd(const Tensor& x_any, const Tensor& blocks) {
+  const Tensor x = as_rows(x_any, "x");
+  const Tensor y = allocate(x, {x.size(0), x.size(1)});
+  rotate(x, blocks, y);
+  return like_rows(y, x_any);
 }
 
-std::tuple<Tensor, Tensor> butterfly_bwd(const Tensor& grad, const Tensor& x, const Tensor& blocks, bool need_x,
+// One that is not asked for comes back with no rows.
+std::tuple<Tensor, Tensor> butterfly_bwd(const Tensor& grad, const Tensor& x_any, const Tensor& blocks, bool need_x,
                                          bool need_blocks) {
-  const auto [dx, dblocks] = rotate_bwd(as_rows(grad, "grad"), as_rows(x, "x"), blocks, need_x, need_blocks);
-  return {need_x ? like_rows(dx, x) : dx, dblocks};
+  const Tensor x = as_rows(x_any, "x");
+  const Tensor dx = allocate(x, {need_x ? x.size(0) : 0, x.size(1)});
+  const Tensor dblocks =
+      rotate_bwd(as_rows(grad, "grad"), x, blocks, need_x ? std::optional(dx) : std::nullopt, need_blocks);
+  return {need_x ? like_rows(dx, x_any) : dx, dblocks};
 }
 
 struct Scale {
@@ -141,7 +146,10 @@ Scale check_scale(const Tensor& x, const Tensor& weight, const std::optional<Ten
 std::tuple<Tensor, Tensor> boft_fwd(const Tensor& x_any, const Tensor& weight, const std::optional<Tensor>& bias,
                                     const Tensor& blocks, const Tensor& scale_any, bool keep) {
   const Tensor x = as_rows(x_any, "x"), scale = as_contiguous(scale_any);
-  const Tensor rotated = rotate(x, blocks);
+  // Passed on at once: in memory that stays with the thread, because fresh pages cost as much as the rotation.
+  Scratch memory(x.numel());
+  const Tensor rotated = tensor_over(memory.data(), x, {x.size(0), x.size(1)});
+  rotate(x, blocks, rotated);
   const Scale by = check_scale(x, weight, bias, scale);
   const int64_t tokens = x.size(0), features = weight.size(0);
   const Tensor y0 = base_product(rotated, weight, bias, features);
@@ -174,7 +182,8 @@ std::tuple<Tensor, Tensor, Tensor> boft_bwd(const Tensor& grad_any, const Tensor
   const std::optional<Tensor> y0 = y0_any ? std::optional(with_contiguous_rows(*y0_any)) : std::nullopt;
   const bool rotates = need_x || need_blocks;
   Tensor dscale = allocate_zeros(scale, {y0 ? features : 0, 1});
-  Tensor scaled = allocate(grad, {rotates ? tokens : 0, features});
+  Scratch memory(rotates ? tokens * features : 0);
+  const Tensor scaled = tensor_over(memory.data(), grad, {rotates ? tokens : 0, features});
   float* ds = y0 ? static_cast<float*>(dscale.mutable_data_ptr()) : nullptr;
   const Scalar scalar = scalar_of(x, "x");
   const int64_t tasks = (features + kScaleColumns - 1) / kScaleColumns;
@@ -188,8 +197,8 @@ std::tuple<Tensor, Tensor, Tensor> boft_bwd(const Tensor& grad_any, const Tensor
     }
   });
   const Tensor rotated = rotates ? base_gradient(scaled, weight, x.size(1)) : x;
-  const auto [dx, dblocks] = rotate_bwd(rotated, x, blocks, need_x, need_blocks);
-  return {need_x ? like_rows(dx, x_any) : dx, dblocks, dscale};
+  const Tensor dblocks = rotate_bwd(rotated, x, blocks, need_x ? std::optional(rotated) : std::nullopt, need_blocks);
+  return {need_x ? like_rows(rotated, x_any) : allocate(x, {0, x.size(1)}), dblocks, dscale};
 }
 
 }  // namespace

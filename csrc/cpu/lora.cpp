@@ -90,9 +90,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_bwd(const Tensor& grad_any, const std::o
   STD_TORCH_CHECK(grad.size(1) == sizes.out_features, "lora: grad has ", grad.size(1), " features, lora_B ",
                   sizes.out_features);
   if (x) {
-    STD_TORCH_CHECK(x->size(0) == sizes.tokens && x->size(1) == sizes.in_features &&
-                        x->scalar_type() == grad.scalar_type(),
-                    "lora: x must have shape (", sizes.tokens, ", ", sizes.in_features, ") and the dtype of grad");
+    STD_TORCH_CHECK(
+        x->size(0) == sizes.tokens && x->size(1) == sizes.in_features && x->scalar_type() == grad.scalar_type(),
+        "lora: x must have shape (", sizes.tokens, ", ", sizes.in_features, ") and the dtype of grad");
   }
   if (h_any) {
     check_cpu(*h_any, "h");
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_bwd(const Tensor& grad_any, const std::o
   Tensor dA = allocate(lora_A, {x ? sizes.rank : 0, sizes.in_features});
   const bool flipped = by_columns(lora_B) && h;
   Tensor dB = flipped ? allocate(lora_B, {sizes.rank, sizes.out_features})
-                         : allocate(lora_B, {h ? sizes.out_features : 0, sizes.rank});
+                      : allocate(lora_B, {h ? sizes.out_features : 0, sizes.rank});
 
   const Tensor a = as_contiguous(lora_A);
   // B transposed, and its gradient likewise, where they do not lie like that already.
@@ -125,8 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_bwd(const Tensor& grad_any, const std::o
     lora_loops().transpose(db_data, sizes.out_features, sizes.rank, sizes.out_features,
                            static_cast<float*>(dB.mutable_data_ptr()), sizes.rank);
   }
-  return {dx ? like_rows(*dx, grad_any) : allocate(grad, {0, sizes.in_features}), dA,
-          flipped ? transposed(dB) : dB};
+  return {dx ? like_rows(*dx, grad_any) : allocate(grad, {0, sizes.in_features}), dA, flipped ? transposed(dB) : dB};
 }
 
 }  // namespace

@@ -17,15 +17,30 @@ using torch::stable::Tensor;
 
 void check_pool(const Tensor& pool, const char* name) {
   check_cpu(pool, name);
-  STD_TORCH_CHECK(pool.dim() == 2 && pool.scalar_type() == ScalarType::Float && pool.is_contiguous(), "mos: ", name,
-                  " must be a contiguous float32 matrix");
+  STD_TORCH_CHECK(pool.dim() == 2 && pool.scalar_type() == ScalarType::Float, "mos: ", name,
+                  " must be a float32 matrix");
 }
 
-// The shards of a pool that make up a matrix; pool's data may be those of its gradient.
-ShardTable shards_of(const float* data, const Tensor& pool, const Tensor& index, const char* name) {
+void check_sum(const Tensor& sum, const char* name, const Tensor& pool) {
+  check_pool(sum, name);
+  STD_TORCH_CHECK(sum.size(0) == pool.size(0) && sum.size(1) == pool.size(1) && sum.is_contiguous(), "mos: ", name,
+                  " must be contiguous and have the shape of its pool");
+}
+
+Tensor contiguous_index(const Tensor& index, const char* name) {
   check_cpu(index, name);
-  STD_TORCH_CHECK(index.dim() == 2 && index.scalar_type() == ScalarType::Long && index.is_contiguous(), "mos: ", name,
-                  " must be a contiguous int64 matrix");
+  STD_TORCH_CHECK(index.dim() == 2 && index.scalar_type() == ScalarType::Long, "mos: ", name,
+                  " must be an int64 matrix");
+  return as_contiguous(index);
+}
+
+Tensor contiguous_pool(const Tensor& pool, const char* name) {
+  check_pool(pool, name);
+  return as_contiguous(pool);
+}
+
+// The shards that make up a matrix, of a pool or, as `data`, of its gradient.
+ShardTable shards_of(const float* data, const Tensor& pool, const Tensor& index, const char* name) {
   const int64_t rank = index.size(0), per_row = index.size(1), width = pool.size(1), count = pool.size(0);
   ShardTable table{std::vector<const float*>(rank * per_row), rank, per_row, width};
   const int64_t* shards = static_cast<const int64_t*>(index.const_data_ptr());
@@ -38,13 +53,16 @@ ShardTable shards_of(const float* data, const Tensor& pool, const Tensor& index,
 }
 
 struct Adapter {
+  Tensor pool_A, index_A, pool_B, index_B;
   ShardTable a, b;
 
-  Adapter(const Tensor& pool_A, const Tensor& index_A, const Tensor& pool_B, const Tensor& index_B) {
-    check_pool(pool_A, "pool_A");
-    check_pool(pool_B, "pool_B");
-    a = shards_of(static_cast<const float*>(pool_A.const_data_ptr()), pool_A, index_A, "index_A");
-    b = shards_of(static_cast<const float*>(pool_B.const_data_ptr()), pool_B, index_B, "index_B");
+  Adapter(const Tensor& pool_A_any, const Tensor& index_A_any, const Tensor& pool_B_any, const Tensor& index_B_any)
+      : pool_A(contiguous_pool(pool_A_any, "pool_A")),
+        index_A(contiguous_index(index_A_any, "index_A")),
+        pool_B(contiguous_pool(pool_B_any, "pool_B")),
+        index_B(contiguous_index(index_B_any, "index_B")),
+        a(shards_of(static_cast<const float*>(pool_A.const_data_ptr()), pool_A, index_A, "index_A")),
+        b(shards_of(static_cast<const float*>(pool_B.const_data_ptr()), pool_B, index_B, "index_B")) {
     STD_TORCH_CHECK(a.rank == b.rank && a.per_row == b.per_row, "mos: index_A and index_B must have one shape");
   }
 };
@@ -91,26 +109,23 @@ Tensor mos_bwd_(const std::optional<Tensor>& dpool_A, const std::optional<Tensor
                   "mos: dpool_A goes with x, dpool_B with h");
   if (x) {
     check_activation(*x, "x", m.a.features(), weight, adapter);
-    check_pool(*dpool_A, "dpool_A");
-    STD_TORCH_CHECK(x->size(0) == grad.size(0) && x->scalar_type() == grad.scalar_type() &&
-                        dpool_A->size(0) == pool_A.size(0) && dpool_A->size(1) == pool_A.size(1),
-                    "mos: x must have the tokens and the dtype of grad, dpool_A the shape of pool_A");
+    check_sum(*dpool_A, "dpool_A", pool_A);
+    STD_TORCH_CHECK(x->size(0) == grad.size(0) && x->scalar_type() == grad.scalar_type(),
+                    "mos: x must have the tokens and the dtype of grad");
   }
   if (h_any) {
     check_cpu(*h_any, "h");
-    check_pool(*dpool_B, "dpool_B");
+    check_sum(*dpool_B, "dpool_B", pool_B);
     STD_TORCH_CHECK(h_any->dim() == 2 && h_any->size(0) == grad.size(0) && h_any->size(1) == m.a.rank &&
-                        h_any->scalar_type() == ScalarType::Float && dpool_B->size(0) == pool_B.size(0) &&
-                        dpool_B->size(1) == pool_B.size(1),
-                    "mos: h must be float32 of shape (", grad.size(0), ", ", m.a.rank,
-                    "), dpool_B have the shape of pool_B");
+                        h_any->scalar_type() == ScalarType::Float,
+                    "mos: h must be float32 of shape (", grad.size(0), ", ", m.a.rank, ")");
   }
   std::optional<Tensor> h;
   if (h_any) h = as_contiguous(*h_any);
   const std::optional<Tensor> dx = need_x ? std::optional(base_gradient(grad, weight, m.a.features())) : std::nullopt;
   ShardTable da{{}, m.a.rank, m.a.per_row, m.a.width}, db{{}, m.b.rank, m.b.per_row, m.b.width};
-  if (x) da = shards_of(static_cast<float*>(dpool_A->mutable_data_ptr()), pool_A, index_A, "index_A");
-  if (h) db = shards_of(static_cast<float*>(dpool_B->mutable_data_ptr()), pool_B, index_B, "index_B");
+  if (x) da = shards_of(static_cast<float*>(dpool_A->mutable_data_ptr()), pool_A, adapter.index_A, "index_A");
+  if (h) db = shards_of(static_cast<float*>(dpool_B->mutable_data_ptr()), pool_B, adapter.index_B, "index_B");
   low_rank_bwd(m, grad, x, h ? floats_of(*h) : nullptr, dx, {da.view(), db.view(), scaling}, true);
   return dx ? like_rows(*dx, grad_any) : allocate(grad, {0, m.a.features()});
 }

@@ -90,20 +90,35 @@ inline void store_some(T* to, Vector value, int64_t count) {
   for (int64_t lane = 0; lane < count; ++lane) to[lane] = from_float<T>(value[lane]);
 }
 
+// AddressSanitizer does not look at masked accesses, so it is shown the last element.
+inline void show_last(const float* data, int64_t count) {
+#if defined(__SANITIZE_ADDRESS__)
+  if (count > 0) (void)*static_cast<const volatile float*>(data + count - 1);
+#endif
+}
+
 // Lane by lane they cost thirty times a whole vector, and a low rank is seldom a whole vector.
 #if defined(__AVX512F__)
 inline Vector load_some(const float* from, int64_t count) {
+  show_last(from, count);
   return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
 }
 inline void store_some(float* to, Vector value, int64_t count) {
+  show_last(to, count);
   _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), value);
 }
 #elif defined(__AVX2__)
 inline __m256i first_lanes(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-inline Vector load_some(const float* from, int64_t count) { return _mm256_maskload_ps(from, first_lanes(count)); }
-inline void store_some(float* to, Vector value, int64_t count) { _mm256_maskstore_ps(to, first_lanes(count), value); }
+inline Vector load_some(const float* from, int64_t count) {
+  show_last(from, count);
+  return _mm256_maskload_ps(from, first_lanes(count));
+}
+inline void store_some(float* to, Vector value, int64_t count) {
+  show_last(to, count);
+  _mm256_maskstore_ps(to, first_lanes(count), value);
+}
 #endif
 
 template <int kStep, int... kLane>

@@ -1,12 +1,11 @@
 // What every CPU operator asks of its tensors before it takes their pointers.
 #pragma once
 
+#include <string.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-
-#include <string.h>
 
 #include <algorithm>
 #include <array>
@@ -33,30 +32,67 @@ inline Scalar scalar_of(const torch::stable::Tensor& tensor, const char* name) {
                                         : Scalar::float16;
 }
 
+// The stable interface drops what went wrong in an allocation.
+inline void check_allocated(bool done, const torch::stable::Tensor& like, int64_t elements) {
+  STD_TORCH_CHECK(done, "not enough memory for ", elements, " elements of ", like.element_size(), " bytes");
+}
+
+inline torch::stable::Tensor contiguous_copy(const torch::stable::Tensor& tensor) {
+  try {
+    return torch::stable::contiguous(tensor);
+  } catch (const std::exception&) {
+    check_allocated(false, tensor, tensor.numel());
+    throw;
+  }
+}
+
 // Without a call where nothing is to be done: one through the dispatcher takes as long as a small kernel.
 inline torch::stable::Tensor as_contiguous(const torch::stable::Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return tensor.is_contiguous() ? tensor : contiguous_copy(tensor);
 }
 
 // The loops take any distance between rows, but elements of a row side by side.
 inline torch::stable::Tensor with_contiguous_rows(const torch::stable::Tensor& tensor) {
-  return tensor.stride(1) == 1 || tensor.size(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return tensor.stride(1) == 1 || tensor.size(1) == 1 ? tensor : contiguous_copy(tensor);
 }
 
-// A new tensor in the dtype of `like`. This, the view and the two products below call the library directly: by the name
-// of an operator, through the dispatcher, a call takes as long as a small kernel.
-inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes) {
+// This, the views and the two products below call the library directly: by the name of an operator, through the
+// dispatcher, a call takes as long as a small kernel.
+
+struct Layout {
   std::array<int64_t, 4> strides;
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[i], 1);
-  }
+  int64_t elements = 1;
   int32_t dtype;
+
+  Layout(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes) {
+    int64_t stride = 1;
+    for (size_t i = sizes.size(); i-- > 0;) {
+      strides[i] = stride;
+      stride *= std::max<int64_t>(sizes.begin()[i], 1);
+      elements *= sizes.begin()[i];
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  }
+};
+
+// A new tensor in the dtype of `like`.
+inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes) {
+  const Layout layout(like, sizes);
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &made));
+  const AOTITorchError error = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), layout.strides.data(),
+                                                        layout.dtype, aoti_torch_device_type_cpu(), 0, &made);
+  check_allocated(error == TORCH_SUCCESS, like, layout.elements);
+  return torch::stable::Tensor(made);
+}
+
+// A tensor over memory that outlives it.
+inline torch::stable::Tensor tensor_over(void* data, const torch::stable::Tensor& like,
+                                         std::initializer_list<int64_t> sizes) {
+  const Layout layout(like, sizes);
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, int64_t(sizes.size()), sizes.begin(),
+                                                                   layout.strides.data(), 0, layout.dtype,
+                                                                   aoti_torch_device_type_cpu(), 0, &made));
   return torch::stable::Tensor(made);
 }
 
@@ -101,7 +137,7 @@ inline torch::stable::Tensor as_rows(const torch::stable::Tensor& x, const char*
     return reshaped(x, 2, sizes.data(), strides.data());
   }
   const std::array<int64_t, 2> strides{features, 1};
-  return reshaped(torch::stable::contiguous(x), 2, sizes.data(), strides.data());
+  return reshaped(contiguous_copy(x), 2, sizes.data(), strides.data());
 }
 
 // Contiguous (tokens, features) with the leading sizes of x.
@@ -116,6 +152,11 @@ inline torch::stable::Tensor like_rows(const torch::stable::Tensor& y, const tor
   return reshaped(y, dims, sizes.data(), strides.data());
 }
 
+// What it was made of has been checked.
+inline void check_product(AOTITorchError error) {
+  STD_TORCH_CHECK(error == TORCH_SUCCESS, "the library's product failed: not enough memory for a copy of its factors");
+}
+
 // x W^T + b, (tokens, out), as aten::linear computes it; zeros where there is no W.
 inline torch::stable::Tensor base_product(const torch::stable::Tensor& x,
                                           const std::optional<torch::stable::Tensor>& weight,
@@ -128,8 +169,8 @@ inline torch::stable::Tensor base_product(const torch::stable::Tensor& x,
   }
   torch::stable::Tensor y = allocate(x, {x.size(0), out_features});
   const torch::stable::Tensor by = transposed(*weight);
-  STABLE_TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cpu_addmm_out(y.get(), bias->get(), x.get(), by.get(), 1.0, 1.0)
-                                     : aoti_torch_cpu_mm_out(y.get(), x.get(), by.get()));
+  check_product(bias ? aoti_torch_cpu_addmm_out(y.get(), bias->get(), x.get(), by.get(), 1.0, 1.0)
+                     : aoti_torch_cpu_mm_out(y.get(), x.get(), by.get()));
   return y;
 }
 
@@ -138,7 +179,7 @@ inline torch::stable::Tensor base_gradient(const torch::stable::Tensor& grad,
                                            const std::optional<torch::stable::Tensor>& weight, int64_t in_features) {
   if (!weight) return allocate_zeros(grad, {grad.size(0), in_features});
   torch::stable::Tensor dx = allocate(grad, {grad.size(0), in_features});
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(dx.get(), grad.get(), weight->get()));
+  check_product(aoti_torch_cpu_mm_out(dx.get(), grad.get(), weight->get()));
   return dx;
 }
 

@@ -97,6 +97,16 @@ class Adapter(nn.Module):
         """Raises ValueError for values in a file's tensors (of the right keys and shapes) that would do harm."""
 
 
+def parameter_of(module: nn.Module, name: str) -> Any:
+    """module.name for a parameter, past the attributes that nn.Module looks through first.
+
+    Where it is not in the dictionary of parameters it is an attribute: of a replica, as nn.DataParallel makes them, or
+    of a parametrised module.
+    """
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 def make_dropout(p: float) -> nn.Module:
     return nn.Dropout(p) if p > 0 else nn.Identity()
 

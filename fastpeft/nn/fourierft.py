@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.config import AdapterConfig, require_bool, require_finite, require_int, require_pattern
-from fastpeft.nn.adapter import Adapter, Site
+from fastpeft.nn.adapter import Adapter, Site, parameter_of
 from fastpeft.nn.linear import AdaptedLinear
 from fastpeft.ops.fourierft import Tables, apply_fourier, fourier_weight, make_tables
 
@@ -110,7 +110,7 @@ class FourierFTAdapter(Adapter):
 
     def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         tables = self.places.tables(x.device)
-        return apply_fourier(x, weight, bias, self.spectrum, tables, self.places.shape, self.scaling)
+        return apply_fourier(x, weight, bias, parameter_of(self, "spectrum"), tables, self.places.shape, self.scaling)
 
     def delta(self, x: Tensor) -> Tensor:
         return self.linear(x, None, None)

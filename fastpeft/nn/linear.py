@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastpeft.nn.adapter import Adapter, Site, parameter_of
 from fastpeft.ops.base import check_input
 
 if TYPE_CHECKING:
     from fastpeft.config import AdapterConfig
-    from fastpeft.nn.adapter import Adapter, Site
 
 
 class Adapted(nn.Module):
@@ -49,15 +49,23 @@ class Adapted(nn.Module):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # named as nn.Linear names it
         if self._merged or not self.active:
             return super().forward(input, *args, **kwargs)
-        # Parameters are looked up in their own dictionary, which attribute access comes to last; replicas, as
-        # nn.DataParallel makes them, keep theirs as attributes.
-        weight = self._parameters.get("weight")
-        weight = self.weight if weight is None else weight
-        plain = self._base_is_linear and type(weight) in (nn.Parameter, Tensor)
-        first = self.adapter(self.active[0])
-        check_input(input, first.in_features, weight if plain else None)
-        if plain and len(self.active) == 1:
-            return first.linear(input, weight, self.bias, *args, **kwargs)
+        weight = parameter_of(self, "weight") if self._base_is_linear else None
+        if type(weight) not in (nn.Parameter, Tensor):  # of a subclass, such as a quantised one
+            weight = None
+        adapter = self.adapter(self.active[0])
+        if weight is None or len(self.active) > 1:
+            check_input(input, adapter.in_features, weight)
+            return self._compose(input, *args, **kwargs)
+        try:
+            if input.is_cpu != weight.is_cpu:  # operators would run as if both were on the meta device, if one is
+                raise ValueError(f"x must be on the device of weight, {weight.device}, got {input.device}")
+            return adapter.linear(input, weight, parameter_of(self, "bias"), *args, **kwargs)
+        except Exception:  # operators refuse what does not fit: only then is it worth saying it in the layer's words
+            check_input(input, adapter.in_features, weight)
+            raise
+
+    def _compose(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The equation step by step: for several adapters, or a base that is no plain matrix."""
         adapters = [self.adapter(name) for name in self.active]
         # y = post(W · pre(x) + b) + Σ delta(x). Rotations compose as PEFT's do: the last is the first to act on x.
         rotations = [adapter for adapter in adapters if adapter.rotates]
@@ -248,8 +256,6 @@ def stores_transposed(module: nn.Module) -> bool:
 
 def site_of(module: nn.Module, path: str) -> Site:
     """Where a layer's adapter lives: on the weight's device, in float32 or the wider dtype of the weight."""
-    from fastpeft.nn.adapter import Site
-
     features = features_of(module)
     assert features is not None
     tensors = [module._parameters.get("weight"), *module.parameters(), *module.buffers()]

@@ -18,7 +18,7 @@ from fastpeft.config import (
     require_probability,
     value_for,
 )
-from fastpeft.nn.adapter import Adapter, Site, dropout_active, make_dropout
+from fastpeft.nn.adapter import Adapter, Site, dropout_active, make_dropout, parameter_of
 from fastpeft.nn.linear import AdaptedLinear
 from fastpeft.ops.lora import apply_lora
 
@@ -81,10 +81,13 @@ class LoRAAdapter(Adapter):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.dropout_p > 0 and dropout_active(self.dropout):
             return nn.functional.linear(x, weight, bias) + self.delta(x)
-        return apply_lora(x, weight, bias, self.lora_A, self.lora_B, self.scaling)
+        return apply_lora(x, weight, bias, *self.matrices(), self.scaling)
 
     def delta(self, x: Tensor) -> Tensor:
-        return apply_lora(self.dropout(x), None, None, self.lora_A, self.lora_B, self.scaling)
+        return apply_lora(self.dropout(x), None, None, *self.matrices(), self.scaling)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        return parameter_of(self, "lora_A"), parameter_of(self, "lora_B")
 
     def delta_weight(self) -> Tensor:
         return reference.lora.lora_weight(self.lora_A, self.lora_B, self.scaling)

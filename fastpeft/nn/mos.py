@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastpeft import reference
 from fastpeft.config import MOST_RANK, AdapterConfig, require_bool, require_finite, require_int, require_probability
-from fastpeft.nn.adapter import Adapter, Site, dropout_active, make_dropout
+from fastpeft.nn.adapter import Adapter, Site, dropout_active, make_dropout, parameter_of
 from fastpeft.nn.linear import AdaptedLinear
 from fastpeft.ops.mos import apply_mos, check_index
 
@@ -195,7 +195,8 @@ class MoSAdapter(Adapter):
         return reference.mos.mos_weight(*self.shards(), self.scaling)
 
     def shards(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.pool_A, self.index_A, self.pool_B, self.index_B
+        buffers = self._buffers
+        return parameter_of(self, "pool_A"), buffers["index_A"], parameter_of(self, "pool_B"), buffers["index_B"]  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         r, shards = self.index_A.shape

@@ -66,7 +66,9 @@ BOFT_FWD = Operator(
 
 
 def _boft_bwd_fake(grad, x, weight, bias, blocks, scale, y0, need_x, need_blocks):
-    return *_butterfly_bwd_fake(grad, x, blocks, need_x, need_blocks), scale.new_empty(0 if y0 is None else len(scale), 1)
+    return *_butterfly_bwd_fake(grad, x, blocks, need_x, need_blocks), scale.new_empty(
+        0 if y0 is None else len(scale), 1
+    )
 
 
 # Gradients of x, blocks and scale; the last where y0 is given.
@@ -334,9 +336,7 @@ class BOFTFunction(torch.autograd.Function):
     def backward(ctx, grad):
         need_x, _, _, need_blocks, *_ = ctx.needs_input_grad
         x, weight, bias, blocks, boft_s, y0 = ctx.saved_tensors
-        dx, dblocks, ds = BOFT_BWD.call(
-            "native", grad, x, weight, bias, blocks, boft_s, y0, need_x, need_blocks
-        )
+        dx, dblocks, ds = BOFT_BWD.call("native", grad, x, weight, bias, blocks, boft_s, y0, need_x, need_blocks)
         if ctx.from_R and need_blocks:
             dblocks = CAYLEY_BWD.call("native", dblocks, blocks)
         return dx if need_x else None, None, None, dblocks if need_blocks else None, None if y0 is None else ds, None

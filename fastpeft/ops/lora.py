@@ -18,7 +18,8 @@ def _lora_fwd_fake(x, weight, bias, lora_A, lora_B, scaling):
     return x.new_empty(*lead, lora_B.shape[0]), x.new_empty(math.prod(lead), lora_A.shape[0], dtype=torch.float32)
 
 
-# Returns y (..., out) and h = x Aᵀ (T, r). Triton stands behind the library composition until it has been measured on a GPU.
+# Returns y (..., out) and h = x Aᵀ (T, r). Triton stands behind the library composition until it has been measured on a
+# GPU.
 LORA_FWD = Operator(
     "lora_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)",
     fake=_lora_fwd_fake,

@@ -3,7 +3,7 @@
 What is assembled is r · (in + out) numbers for a layer, no more than a LoRA holds. A model's layers share their pools,
 so a backward pass that returned a gradient of the pool from every layer would write and add up L arrays of the pool's
 size. Instead the layers that are called between two backward passes hang on one ``PoolTap``: each adds its rows into
-one array, and autograd receives that array from the tap's own node, which runs after the last of them.
+one array per pool, and autograd receives them from the tap's own node, which runs after the last of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import weakref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastpeft.backend import Operator
 from fastpeft.ops import base, lora
@@ -48,95 +47,98 @@ MOS_BWD = Operator(
 
 
 class PoolTapFunction(torch.autograd.Function):
-    """Connects an empty token with a pool: its backward hands on what the layers have added up."""
+    """Connects an empty token with two pools: its backward hands on what the layers have added up."""
 
     @staticmethod
-    def forward(ctx, pool, partial):
+    def forward(ctx, pool_A, pool_B, partial):
         ctx.set_materialize_grads(False)
         ctx.partial = partial
-        return pool.new_empty(0)
+        return pool_A.new_empty(0)
 
     @staticmethod
     @base.once_differentiable
     def backward(ctx, _):
-        return ctx.partial.pop(torch._C._current_graph_task_id(), None), None
+        return *ctx.partial.pop(torch._C._current_graph_task_id(), (None, None)), None
 
 
 class PoolTap:
-    """The one place where the layers of a graph add up the gradient of their shared pool.
+    """The one place where the layers of a graph add up the gradients of their shared pools.
 
     Lives as long as the graphs that use it. What has been added is kept per backward pass: one that ends in an
     exception leaves nothing behind for the next.
     """
 
-    def __init__(self, pool: Tensor) -> None:
-        self.kind = (pool.dtype, pool.device)
-        self.partial: dict[int, Tensor] = {}
-        self.token = PoolTapFunction.apply(pool, self.partial)
+    def __init__(self, pools: tuple[Tensor, Tensor]) -> None:
+        self.pools = pools
+        self.partial: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        self.token = PoolTapFunction.apply(*pools, self.partial)
 
-    def is_wanted(self) -> bool:
-        """Whether this backward pass goes on to the pool: it can be after the gradient of x alone."""
-        return torch._C._will_engine_execute_node(self.token.grad_fn)
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Where the layers of this backward pass add up; None for a pool that is not trained.
 
-    def gradient(self, pool: Tensor) -> Tensor:
-        """Where the layers of this backward pass add up."""
+        None for both if the pass does not go on to the pools: it can be after the gradient of x alone.
+        """
+        if not torch._C._will_engine_execute_node(self.token.grad_fn):
+            return None, None
         task = torch._C._current_graph_task_id()
         if task not in self.partial:
-            self.partial[task] = torch.zeros_like(pool)
+            zeros = (pool.new_zeros(pool.shape) if pool.requires_grad else None for pool in self.pools)
+            self.partial[task] = tuple(zeros)  # type: ignore[assignment]
         return self.partial[task]
 
 
-_TAPS = WeakTensorKeyDictionary()  # pool -> weak reference to its tap
+_TAPS: weakref.WeakValueDictionary[tuple, PoolTap] = weakref.WeakValueDictionary()
 
 
-def pool_tap(pool: Tensor) -> PoolTap:
-    """The live tap of a pool."""
-    reference_to_tap = _TAPS.get(pool)
-    tap = reference_to_tap() if reference_to_tap is not None else None
-    if tap is None or tap.kind != (pool.dtype, pool.device):  # a pool can be moved while an old graph still lives
-        tap = PoolTap(pool)
-        _TAPS[pool] = weakref.ref(tap)
+def pool_tap(pools: tuple[Tensor, Tensor]) -> PoolTap:
+    """The live tap of two pools as they are: an old graph can outlive a move of its pools, or their freezing."""
+    # Numbers of objects are unique for as long as these live, and a tap keeps its pools alive.
+    key = (*((id(pool), pool.dtype, pool.device, pool.requires_grad) for pool in pools),)
+    tap = _TAPS.get(key)
+    if tap is None:
+        tap = _TAPS[key] = PoolTap(pools)
     return tap
 
 
 class ShardsFunction(torch.autograd.Function):
-    """(n_shards, d / l) and (r, l) -> (r, d). The pool is given detached: its gradient leaves through the tap."""
+    """One of the pools, (n_shards, d / l), and (r, l) -> (r, d). The pool's gradient leaves through the tap."""
 
     @staticmethod
-    def forward(ctx, pool, index, token, tap):
-        ctx.save_for_backward(pool, index)
-        ctx.tap = tap
-        return pool[index].flatten(1)
+    def forward(ctx, token, index, tap, which):
+        ctx.save_for_backward(index)
+        ctx.tap, ctx.which = tap, which
+        return tap.pools[which][index].flatten(1)
 
     @staticmethod
     @base.once_differentiable
     def backward(ctx, grad):
-        pool, index = ctx.saved_tensors
-        if ctx.needs_input_grad[2]:
-            ctx.tap.gradient(pool).index_add_(0, index.flatten(), grad.reshape(-1, pool.shape[1]))
+        (index,) = ctx.saved_tensors
+        if (total := ctx.tap.gradients()[ctx.which]) is not None:
+            total.index_add_(0, index.flatten(), grad.reshape(-1, total.shape[1]))
         # The token's gradient is empty, but it is what tells a second derivative that it was refused.
-        return None, None, grad.new_empty(0), None
+        return grad.new_empty(0), None, None, None
 
 
-def assemble(pool: Tensor, index: Tensor) -> Tensor:
-    """Vectors from their shards, (r, d): rows of A, or columns of B."""
-    by_autograd = torch.compiler.is_compiling() or lora.LORA_FWD.choose(pool, pool) == "reference"
-    if by_autograd or not base.needs_autograd(pool):
-        return pool[index].flatten(1)
-    tap = pool_tap(pool)
-    return ShardsFunction.apply(pool.detach(), index, tap.token, tap)
+def assemble(pool_A: Tensor, index_A: Tensor, pool_B: Tensor, index_B: Tensor) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B transposed (r, out): vectors from their shards."""
+    by_autograd = torch.compiler.is_compiling() or lora.LORA_FWD.choose(pool_A, pool_A) == "reference"
+    if by_autograd or not base.needs_autograd(pool_A, pool_B):
+        return pool_A[index_A].flatten(1), pool_B[index_B].flatten(1)
+    tap = pool_tap((pool_A, pool_B))
+    return ShardsFunction.apply(tap.token, index_A, tap, 0), ShardsFunction.apply(tap.token, index_B, tap, 1)
 
 
 class MoSFunction(torch.autograd.Function):
     """The whole layer in one compiled operator each way; shards are read, and gradients added, where the pools lie."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, pool_A, index_A, token_A, tap_A, pool_B, index_B, token_B, tap_B, scaling):
+    def forward(ctx, x, weight, bias, token, index_A, index_B, pools, tap, scaling):
+        pool_A, pool_B = pools
         y, h = MOS_FWD.call("native", x, weight, bias, pool_A, index_A, pool_B, index_B, scaling)
-        need_x, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 5, 9))
-        x, weight, h = x if need_A else None, weight if need_x else None, h if need_B else None
-        ctx.save_for_backward(x, weight, pool_A, index_A, pool_B, index_B, h)
-        ctx.taps, ctx.scaling = (tap_A, tap_B), scaling
+        x = x if pool_A.requires_grad else None
+        h = h if pool_B.requires_grad else None
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, pool_A, index_A, pool_B, index_B, h)
+        ctx.tap, ctx.scaling = tap, scaling
         return y
 
     @staticmethod
@@ -144,16 +146,14 @@ class MoSFunction(torch.autograd.Function):
     def backward(ctx, grad):
         need_x = ctx.needs_input_grad[0]
         x, weight, pool_A, index_A, pool_B, index_B, h = ctx.saved_tensors
-        need_A, need_B = (tap is not None and tap.is_wanted() for tap in ctx.taps)
-        dpool_A = ctx.taps[0].gradient(pool_A) if need_A else None
-        dpool_B = ctx.taps[1].gradient(pool_B) if need_B else None
-        x, h = x if need_A else None, h if need_B else None
+        dpool_A, dpool_B = (None, None) if ctx.tap is None else ctx.tap.gradients()
+        x, h = None if dpool_A is None else x, None if dpool_B is None else h
         dx = MOS_BWD.call(
             "native", dpool_A, dpool_B, grad, x, weight, pool_A, index_A, pool_B, index_B, h, ctx.scaling, need_x
         )
-        # As in ShardsFunction, the tokens' gradients are empty.
-        empty_A, empty_B = (grad.new_empty(0) if need else None for need in (need_A, need_B))
-        return dx if need_x else None, None, None, None, None, empty_A, None, None, None, empty_B, None, None
+        # As in ShardsFunction, the token's gradient is empty.
+        empty = None if ctx.tap is None else grad.new_empty(0)
+        return dx if need_x else None, None, None, empty, None, None, None, None, None
 
 
 def mos_linear(
@@ -222,7 +222,8 @@ def apply_mos(
     )
     if in_place and base.is_frozen(weight, bias):
         return base.through_autocast(_apply, x, weight, bias, pool_A, index_A, pool_B, index_B, scaling)
-    return lora.apply_lora(x, weight, bias, assemble(pool_A, index_A), assemble(pool_B, index_B).T, scaling)
+    A, B_transposed = assemble(pool_A, index_A, pool_B, index_B)
+    return lora.apply_lora(x, weight, bias, A, B_transposed.T, scaling)
 
 
 def _apply(
@@ -236,13 +237,10 @@ def _apply(
     scaling: float,
 ) -> Tensor:
     if not base.needs_autograd(x, pool_A, pool_B):
-        matrices = [tensor.contiguous() for tensor in (pool_A, index_A, pool_B, index_B)]
-        return MOS_FWD.call("native", x, weight, bias, *matrices, scaling)[0]
-    sides: list = []
-    for pool, index in ((pool_A, index_A), (pool_B, index_B)):
-        tap = pool_tap(pool) if pool.requires_grad else None
-        sides += [pool.detach().contiguous(), index.contiguous(), None if tap is None else tap.token, tap]
-    return MoSFunction.apply(x, weight, bias, *sides, scaling)
+        return MOS_FWD.call("native", x, weight, bias, pool_A, index_A, pool_B, index_B, scaling)[0]
+    pools = pool_A, pool_B
+    tap = pool_tap(pools) if pool_A.requires_grad or pool_B.requires_grad else None
+    return MoSFunction.apply(x, weight, bias, None if tap is None else tap.token, index_A, index_B, pools, tap, scaling)
 
 
 def check_index(name: str, index: Tensor, n_shards: int) -> None:
