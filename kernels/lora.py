@@ -12,99 +12,12 @@ of the first output tile stores it: BLOCK_R / BLOCK_O more products, instead of 
 second pass over x and a round trip of h.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
-
-# Triton's interpreter keeps bfloat16 as bare 16-bit patterns: its tl.dot multiplies the patterns,
-# and its conversion from float32 truncates. `dot` and `to_bfloat16` step around both there, to the
-# values that a GPU computes.
-INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def dot(a, b, acc):
-    """acc + a b: tensor cores for 16-bit operands, true float32 (never tf32) for float32 ones."""
-    if INTERPRET:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def to_bfloat16(x):
-    """float32 to the nearest bfloat16, ties to even."""
-    if INTERPRET:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(tl.bfloat16)
-
-
-@triton.jit
-def bfloat16_parts(x):
-    """x = high + middle + low: three times 8 bits are float32's 24, and the exponents are the same.
-
-    float16 parts would carry 11 bits each, but not a float32's range.
-    """
-    x = x.to(tl.float32)
-    high = to_bfloat16(x)
-    rest = x - high.to(tl.float32)
-    middle = to_bfloat16(rest)
-    low = to_bfloat16(rest - middle.to(tl.float32))
-    return high, middle, low
-
-
-@triton.jit
-def dot_down(x, a, h):
-    """h + x a, with a in x's dtype or finer.
-
-    A float32 adapter over a 16-bit base must not be rounded to the base's dtype: the reference
-    multiplies it in float32, and h would lose 16 bits. Upcasting x instead would need the float32
-    units, some fifteen times slower, or tf32x3, which costs as much as six bfloat16 products and
-    takes every tile of x through registers. So the small operand is split, exactly, and bfloat16 x
-    goes to the tensor cores as it was loaded: three products, as accurate as float32's. float16 x
-    has two parts itself (11 bits = 8 + 3); the product of the lowest two is below float32's last
-    bit. The smallest terms are added first.
-    """
-    if x.dtype == a.dtype:
-        h = dot(x, a, h)
-    elif x.dtype == tl.float32:
-        h = dot(x, a.to(tl.float32), h)
-    else:
-        a_high, a_middle, a_low = bfloat16_parts(a)
-        if x.dtype == tl.bfloat16:
-            x_high = x
-        else:
-            x_high, x_low, _ = bfloat16_parts(x)
-            h = dot(x_low, a_middle, h)
-            h = dot(x_low, a_high, h)
-        h = dot(x_high, a_low, h)
-        h = dot(x_high, a_middle, h)
-        h = dot(x_high, a_high, h)
-    return h
-
-
-@triton.jit
-def dot_up(h, b, acc, exact: tl.constexpr):
-    """acc + h b for a float32 h; not `exact` where acc is about to be rounded to 16 bits.
-
-    Then two bfloat16 parts of h and of b do, at any magnitude: they leave 2⁻¹⁶ of a product, where
-    the rounding to come leaves 2⁻⁹ or 2⁻¹² of the sum.
-    """
-    if exact:
-        acc = dot(h, b.to(tl.float32), acc)
-    else:
-        h_high, h_low, _ = bfloat16_parts(h)
-        if b.dtype == tl.bfloat16:
-            b_high = b
-        else:
-            b_high, b_low, _ = bfloat16_parts(b)
-            acc = dot(h_high, b_low, acc)
-        acc = dot(h_low, b_high, acc)
-        acc = dot(h_high, b_high, acc)
-    return acc
+from fastpeft.kernels import device
+from fastpeft.kernels.device import SHARED_MEMORY, check_dtypes, count_tiles
+from fastpeft.kernels.dots import dot, dot_down, dot_up, to_bfloat16
 
 
 # tokens changes from call to call, and no address is cheaper for knowing that it is 1 or a multiple
@@ -198,9 +111,6 @@ def lora_fwd_kernel(
     tl.store(y_ptr + t[:, None] * out_features + o[None, :], y, mask=in_t[:, None] & in_o[None, :])
 
 
-# What one program may use where nothing is known of the chip: the least of those supported (Ada).
-SHARED_MEMORY = 99 * 1024
-
 # About one program for each processor of the chips aimed at: A100 has 108, H200 132, B200 148.
 PROGRAMS = 120
 
@@ -235,10 +145,6 @@ TILES_32BIT = (
 # 16 outputs, as many rows of it as of W, so here as well the wide tiles come first.
 TILES_DECODE_16BIT = ((16, 64, 128, 4, 4), (16, 32, 128, 4, 4), (16, 16, 128, 4, 4))
 TILES_DECODE_32BIT = ((16, 64, 32, 4, 4), (16, 32, 32, 4, 4), (16, 16, 64, 4, 4))
-
-
-def count_tiles(size: int, block: int) -> int:
-    return -(-size // block)  # triton.cdiv takes a microsecond or two on the host
 
 
 def lora_fwd_config(
@@ -315,17 +221,6 @@ def lora_fwd_config(
     }
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@functools.cache
-def shared_memory_of(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use."""
-    if device.type != "cuda":
-        return SHARED_MEMORY
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
 def lora_fwd(
     x: torch.Tensor,  # (T, in)
     weight: torch.Tensor,  # (out, in)
@@ -335,10 +230,7 @@ def lora_fwd(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y = x Wᵀ + b + s · h Bᵀ in x's dtype, and h = x Aᵀ in float32; any strides."""
-    tensors = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    check_dtypes(x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B)
     if weight.dtype != x.dtype:
         raise TypeError(f"weight must have x's dtype, {x.dtype}, got {weight.dtype}")
 
@@ -354,7 +246,7 @@ def lora_fwd(
         rank,
         x.dtype,
         lora_A.dtype,
-        shared_memory_of(x.device),
+        device.shared_memory_of(x.device),
     )
     tiles_t = count_tiles(tokens, config["BLOCK_T"])
     tiles_o = count_tiles(out_features, config["BLOCK_O"])

@@ -5,14 +5,7 @@ for chips that need not be here, in processes of their own: one process either i
 compiles.
 """
 
-import json
 import os
-import re
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -20,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastpeft.kernels import lora as kernel
+from gpu_compile import check_records, compiled_cases, meta
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = {"fp32": FP32, "bf16": BF16, "fp16": FP16}
@@ -238,13 +232,9 @@ def test_a_rank_that_does_not_fit():
 # Compilation, for chips that are not here
 # ------------------------------------------------------------------------------------------------
 
-# Shared memory that one program may use.
-KIB = 1024
-SHARED_MEMORY = {80: 163 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB}
-
 # capability, T, in, out, r, base dtype, adapter dtype: each another configuration, or another path
 # through the compiler. The layers are MiniLM's (384) and Llama-2-7B's (4096, 11008).
-COMPILES = [
+CASES = [
     # Hopper, the chip aimed at: every bfloat16 tile that these layers select at T 1, 16, 512, 4096.
     (90, 1, 384, 384, 16, "bf16", "bf16"),  # 16 × 16, mma.sync: few outputs
     (90, 16, 4096, 4096, 16, "bf16", "bf16"),  # 16 × 32
@@ -281,134 +271,35 @@ COMPILES = [
 ]
 
 
-def compile_case(case):
-    """What the launcher would launch for this case, compiled: facts about the machine code.
+KERNELS = {"lora": ["lora_fwd_kernel"]}
 
-    Runs in a process that does not interpret. The launcher is given tensors without storage and a
-    kernel that notes its arguments; Triton specialises them at a launch as is done here.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    capability, tokens, in_features, out_features, rank, dtype, adapter_dtype = case
-    jit_function, notes = kernel.lora_fwd_kernel, {}
-
-    class Notebook:
-        def __getitem__(self, grid):
-            return lambda *args, **config: notes.update(args=args, config=config)
-
-    def meta(*size, dtype):
-        return torch.empty(size, dtype=DTYPES[dtype], device="meta")
-
-    kernel.lora_fwd_kernel = Notebook()
-    kernel.shared_memory_of = lambda device: SHARED_MEMORY[capability]
-    try:
-        kernel.lora_fwd(
-            meta(tokens, in_features, dtype=dtype),
-            meta(out_features, in_features, dtype=dtype),
-            meta(out_features, dtype=dtype),
-            meta(rank, in_features, dtype=adapter_dtype),
-            meta(out_features, rank, dtype=adapter_dtype),
-            0.75,
-        )
-    finally:
-        kernel.lora_fwd_kernel = jit_function
-
-    options = {k: notes["config"].pop(k) for k in ("num_warps", "num_stages")}
-    arguments = dict(zip(jit_function.arg_names, notes["args"], strict=False)) | notes["config"]
-    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(jit_function.arg_names):
-        value = arguments[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + types[value.dtype]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif name in notes["config"] or (value == 1 and name != "tokens"):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        else:
-            signature[name] = "i32"
-        if signature[name][0] == "*" or (value % 16 == 0 and name != "tokens"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(jit_function, signature, constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options=options,
+def launch(tokens, in_features, out_features, rank, dtype, adapter_dtype):
+    base, adapter = DTYPES[dtype], DTYPES[adapter_dtype]
+    kernel.lora_fwd(
+        meta(tokens, in_features, dtype=base),
+        meta(out_features, in_features, dtype=base),
+        meta(out_features, dtype=base),
+        meta(rank, in_features, dtype=adapter),
+        meta(out_features, rank, dtype=adapter),
+        0.75,
     )
-
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    instructions = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
-    return {
-        **notes["config"],
-        **options,
-        "shared_memory": compiled.metadata.shared,
-        "registers": int(registers),
-        "stack": int(stack),
-        "tensor_cores": [i for i in instructions if i in compiled.asm["ptx"]],
-        "addresses": re.findall(r"tt\.addptr .*xi(32|64)>", compiled.asm["ttir"]),
-    }
-
-
-def compile_cases(cases):
-    for case in cases:
-        try:
-            result = compile_case(case)
-        except Exception as error:  # reported by the test of that case
-            result = {"error": repr(error)}
-        print(json.dumps([case, result]), flush=True)
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """case: facts. Two processes share the list."""
-
-    def run(cases):
-        return subprocess.run(
-            [sys.executable, __file__],
-            input=json.dumps(cases),
-            env=os.environ
-            | {
-                "TRITON_INTERPRET": "0",
-                "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    with ThreadPoolExecutor(2) as pool:
-        processes = list(pool.map(run, (COMPILES[::2], COMPILES[1::2])))
-    lines = [line for process in processes for line in process.stdout.splitlines()]
-    facts = {tuple(case): result for case, result in map(json.loads, lines)}
-    missing = {"error": "".join(process.stderr for process in processes)}
-    return {case: facts.get(case, missing) for case in COMPILES}
+    return compiled_cases(__file__, CASES, tmp_path_factory.mktemp("triton"))
 
 
-@pytest.mark.parametrize("case", COMPILES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_compiles(case, compiled):
     capability, *_, dtype, _ = case
-    facts = compiled[case]
-    assert "error" not in facts, facts["error"]
-    assert facts["shared_memory"] <= SHARED_MEMORY[capability]
-    assert facts["registers"] <= 255
-    assert facts["stack"] == 0, "registers are spilled"
-    assert set(facts["addresses"]) == {"64"}, "an offset can overflow"
+    check_records(__file__, case, compiled[case])
+    (record,) = compiled[case]
     if dtype == "fp32":
-        assert facts["tensor_cores"] == []  # they would round to tf32
-    elif facts["BLOCK_T"] < 64 or capability < 90:
-        assert facts["tensor_cores"] == ["mma.sync"]
+        assert record["tensor_cores"] == []  # they would round to tf32
+    elif record["config"]["BLOCK_T"] < 64 or capability < 90:
+        assert record["tensor_cores"] == ["mma.sync"]
     else:
         newest = "wgmma.mma_async" if capability == 90 else "tcgen05.mma"
-        assert newest in facts["tensor_cores"]
-
-
-if __name__ == "__main__":
-    compile_cases(json.load(sys.stdin))
+        assert newest in record["tensor_cores"]

@@ -264,6 +264,7 @@ def test_lora_opcheck(size: tuple[int, int, int, int], dtype: torch.dtype):
     B_by_columns = B.T.contiguous().T  # as MoS gives it
     for base, matrix in (((weight, bias), B), ((weight, None), B_by_columns), ((None, None), B)):
         torch.library.opcheck(torch.ops.fastpeft.lora_fwd, (x, *base, A, matrix, 0.5))
+        torch.library.opcheck(torch.ops.fastpeft.lora_fwd, (x, *base, A, matrix, 0.5, 2 * x))
     h = torch.randn(len(x), len(A))
     for matrix in (B, B_by_columns):
         for given in ((x, weight, h, True), (x, None, None, False), (None, weight, h, True), (None, None, None, False)):
@@ -340,6 +341,13 @@ def test_lora_operator_called_directly_checks_its_arguments(change: dict, messag
         torch.ops.fastpeft.lora_fwd(*given.values(), 1.0)
 
 
+@pytest.mark.parametrize("dropped", [torch.zeros(3, 5), torch.zeros(2, 6), torch.zeros(3, 6).half()], ids=str)
+def test_what_dropout_left_must_fit_x(dropped: torch.Tensor):
+    x, weight, bias, A, B, _ = lora_inputs(6, 5, 2, 3)
+    with pytest.raises(RuntimeError, match="dropped must have the shape and the dtype of x"):
+        torch.ops.fastpeft.lora_fwd(x, weight, bias, A, B, 1.0, dropped)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -399,6 +407,7 @@ def test_mos_opcheck(size: tuple[int, ...], dtype: torch.dtype):
     dA, dB = torch.ones_like(pools[0]), torch.ones_like(pools[2])
     for base in ((weight, bias), (None, None)):
         torch.library.opcheck(torch.ops.fastpeft.mos_fwd, (x, *base, *pools, 0.5))
+        torch.library.opcheck(torch.ops.fastpeft.mos_fwd, (x, *base, *pools, 0.5, 2 * x))
     for gradients, given in (((dA, dB), (x, h)), ((None, dB), (None, h)), ((dA, None), (x, None)), ((None, None),) * 2):
         arguments = (*gradients, grad, given[0], weight, *pools, given[1], 0.5, True)
         torch.library.opcheck(torch.ops.fastpeft.mos_bwd_, arguments)

@@ -60,10 +60,10 @@ const float* transposed_B(const Tensor& lora_B, const Sizes& sizes, float* copy)
   return copy;
 }
 
-// y = x W^T + b + scaling * h B^T and h = x A^T.
+// y = x W^T + b + scaling * h B^T and h = x A^T, or h = dropped A^T.
 std::tuple<Tensor, Tensor> lora_fwd(const Tensor& x_any, const std::optional<Tensor>& weight,
                                     const std::optional<Tensor>& bias, const Tensor& lora_A, const Tensor& lora_B,
-                                    double scaling) {
+                                    double scaling, const std::optional<Tensor>& dropped) {
   const Tensor x = as_rows(x_any, "x");
   const Sizes sizes = check_sizes(x, "x", weight, lora_A, lora_B);
   STD_TORCH_CHECK(x.size(1) == sizes.in_features, "lora: x has ", x.size(1), " features, lora_A ", sizes.in_features);
@@ -73,7 +73,8 @@ std::tuple<Tensor, Tensor> lora_fwd(const Tensor& x_any, const std::optional<Ten
   Scratch scratch(sizes.out_features * sizes.rank);
   const auto a_rows = rows_table(static_cast<const float*>(a.const_data_ptr()), sizes.rank, sizes.in_features);
   const auto b_rows = rows_table(transposed_B(lora_B, sizes, scratch.data()), sizes.rank, sizes.out_features);
-  low_rank_fwd({a_rows.view(), b_rows.view(), scaling}, x, y, static_cast<float*>(h.mutable_data_ptr()));
+  low_rank_fwd({a_rows.view(), b_rows.view(), scaling}, dropped ? rows_of_dropped(*dropped, x) : x, y,
+               static_cast<float*>(h.mutable_data_ptr()));
   return {like_rows(y, x_any), h};
 }
 

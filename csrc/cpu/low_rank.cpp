@@ -37,6 +37,13 @@ ShardTable rows_table(const float* rows, int64_t rank, int64_t width) {
   return table;
 }
 
+Tensor rows_of_dropped(const Tensor& dropped, const Tensor& x) {
+  const Tensor rows = as_rows(dropped, "dropped");
+  STD_TORCH_CHECK(rows.size(0) == x.size(0) && rows.size(1) == x.size(1) && rows.scalar_type() == x.scalar_type(),
+                  "dropped must have the shape and the dtype of x");
+  return rows;
+}
+
 const float* floats_of(const Tensor& h) {
   static const float nothing = 0.0f;
   return h.numel() == 0 ? &nothing : static_cast<const float*>(h.const_data_ptr());

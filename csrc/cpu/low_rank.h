@@ -29,6 +29,9 @@ struct LowRank {
   double scaling;
 };
 
+// x as dropout left it for the adapter, as rows; checked against the rows of x.
+torch::stable::Tensor rows_of_dropped(const torch::stable::Tensor& dropped, const torch::stable::Tensor& x);
+
 // The address of h's numbers; never null, as that of a tensor without any may be.
 const float* floats_of(const torch::stable::Tensor& h);
 

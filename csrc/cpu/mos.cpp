@@ -79,17 +79,18 @@ void check_activation(const Tensor& x, const char* name, int64_t features, const
       "mos: weight must have shape (", out, ", ", in, ") and the dtype of ", name);
 }
 
-// y = x W^T + b + scaling * h B^T and h = x A^T.
+// y = x W^T + b + scaling * h B^T and h = x A^T, or h = dropped A^T.
 std::tuple<Tensor, Tensor> mos_fwd(const Tensor& x_any, const std::optional<Tensor>& weight,
                                    const std::optional<Tensor>& bias, const Tensor& pool_A, const Tensor& index_A,
-                                   const Tensor& pool_B, const Tensor& index_B, double scaling) {
+                                   const Tensor& pool_B, const Tensor& index_B, double scaling,
+                                   const std::optional<Tensor>& dropped) {
   const Tensor x = as_rows(x_any, "x");
   const Adapter adapter(pool_A, index_A, pool_B, index_B);
   const LowRank m{adapter.a.view(), adapter.b.view(), scaling};
   check_activation(x, "x", m.a.features(), weight, adapter);
   const Tensor y = base_product(x, weight, bias, m.b.features());
   Tensor h = allocate(pool_A, {x.size(0), m.a.rank});
-  low_rank_fwd(m, x, y, static_cast<float*>(h.mutable_data_ptr()));
+  low_rank_fwd(m, dropped ? rows_of_dropped(*dropped, x) : x, y, static_cast<float*>(h.mutable_data_ptr()));
   return {like_rows(y, x_any), h};
 }
 

@@ -79,9 +79,8 @@ class LoRAAdapter(Adapter):
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.dropout_p > 0 and dropout_active(self.dropout):
-            return nn.functional.linear(x, weight, bias) + self.delta(x)
-        return apply_lora(x, weight, bias, *self.matrices(), self.scaling)
+        dropped = self.dropout(x) if self.dropout_p > 0 and dropout_active(self.dropout) else None
+        return apply_lora(x, weight, bias, *self.matrices(), self.scaling, dropped)
 
     def delta(self, x: Tensor) -> Tensor:
         return apply_lora(self.dropout(x), None, None, *self.matrices(), self.scaling)

@@ -184,9 +184,8 @@ class MoSAdapter(Adapter):
                 check_index(f"{source}: {key}", tensors[key], adapter.pool_A.shape[0])
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.dropout_p > 0 and dropout_active(self.dropout):
-            return nn.functional.linear(x, weight, bias) + self.delta(x)
-        return apply_mos(x, weight, bias, *self.shards(), self.scaling)
+        dropped = self.dropout(x) if self.dropout_p > 0 and dropout_active(self.dropout) else None
+        return apply_mos(x, weight, bias, *self.shards(), self.scaling, dropped)
 
     def delta(self, x: Tensor) -> Tensor:
         return apply_mos(self.dropout(x), None, None, *self.shards(), self.scaling)

@@ -135,6 +135,12 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     return False
 
 
+def base_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad W, (..., in), outside autocast."""
+    with without_autocast(grad):
+        return grad @ weight
+
+
 def dense_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, delta: Tensor) -> Tensor:
     """The reference backend's y = (W + ΔW) x + b, one dense matrix; W may be missing."""
     return F.linear(x, delta.to(x.dtype) if weight is None else weight + delta.to(weight.dtype), bias)

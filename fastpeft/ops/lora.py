@@ -13,15 +13,16 @@ from fastpeft.backend import Operator, triton_available
 from fastpeft.ops import base
 
 
-def _lora_fwd_fake(x, weight, bias, lora_A, lora_B, scaling):
+def _lora_fwd_fake(x, weight, bias, lora_A, lora_B, scaling, dropped=None):
     lead = x.shape[:-1]
     return x.new_empty(*lead, lora_B.shape[0]), x.new_empty(math.prod(lead), lora_A.shape[0], dtype=torch.float32)
 
 
-# Returns y (..., out) and h = x Aᵀ (T, r). Triton stands behind the library composition until it has been measured on a
-# GPU.
+# Returns y (..., out) and h = x Aᵀ (T, r), or h = dropped Aᵀ: x as dropout left it for the adapter. Triton stands
+# behind the library composition until it has been measured on a GPU.
 LORA_FWD = Operator(
-    "lora_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)",
+    "lora_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling,"
+    " Tensor? dropped=None) -> (Tensor, Tensor)",
     fake=_lora_fwd_fake,
     order=("native", "torch", "triton"),
 )
@@ -58,10 +59,11 @@ def lora_fwd(
     lora_A: Tensor,  # (r, in)
     lora_B: Tensor,  # (out, r)
     scaling: float,
+    dropped: Tensor | None = None,  # (T, in)
 ) -> tuple[Tensor, Tensor]:  # y (T, out), h (T, r)
     """The composition: one pass over x for h = x Aᵀ, and s · h Bᵀ added into the base product's output."""
     y = None if weight is None else F.linear(x, weight, bias)
-    h = x.to(lora_A.dtype) @ lora_A.T
+    h = (x if dropped is None else dropped).to(lora_A.dtype) @ lora_A.T
     if y is not None and y.dtype == h.dtype:
         return y.addmm_(h, lora_B.T, alpha=scaling), h
     return base.add_rounded(y, (h * scaling) @ lora_B.T, x.dtype), h
@@ -100,41 +102,64 @@ def lora_bwd(
 
 
 def _run(
-    backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    backend: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropped: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if backend == "native":
-        return LORA_FWD.call("native", x, weight, bias, lora_A, lora_B, scaling)
+        return LORA_FWD.call("native", x, weight, bias, lora_A, lora_B, scaling, dropped)
     rows = base.as_rows(x)
-    if backend == "torch" or weight is None:
-        y, h = lora_fwd(rows, weight, bias, lora_A, lora_B, scaling)
+    if backend == "torch" or weight is None or dropped is not None:
+        dropped = dropped if dropped is None else base.as_rows(dropped)
+        y, h = lora_fwd(rows, weight, bias, lora_A, lora_B, scaling, dropped)
     else:
         y, h = LORA_FWD.call(backend, rows, weight, bias, lora_A, lora_B, scaling)
     return base.like_rows(y, x), h
 
 
+def _gradients(ctx, grad, x, weight, lora_A, lora_B, h, need_x):
+    """Of what A was applied to, of A and of B; with weight what x gets from the base is in the first."""
+    if ctx.backend == "native":
+        return LORA_BWD.call("native", grad, x, weight, lora_A, lora_B, h, ctx.scaling, need_x)
+    rows = x if x is None else base.as_rows(x)
+    with base.without_autocast(grad):
+        needs = need_x, x is not None, h is not None
+        dx, dA, dB = lora_bwd(base.as_rows(grad), rows, weight, lora_A, lora_B, h, ctx.scaling, needs)
+    return dx if dx is None else base.like_rows(dx, grad), dA, dB
+
+
 class LoRAFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, backend):
-        y, h = _run(backend, x, weight, bias, lora_A, lora_B, scaling)
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, backend, dropped):
+        y, h = _run(backend, x, weight, bias, lora_A, lora_B, scaling, dropped)
         need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_A else None, weight if need_x else None, lora_A, lora_B, h if need_B else None)
-        ctx.scaling, ctx.backend = scaling, backend
+        source = x if dropped is None else dropped
+        ctx.save_for_backward(
+            source if need_A else None, weight if need_x else None, lora_A, lora_B, h if need_B else None
+        )
+        ctx.scaling, ctx.backend, ctx.drops = scaling, backend, dropped is not None
         return y
 
     @staticmethod
     @base.once_differentiable
     def backward(ctx, grad):
-        need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
-        x, weight, lora_A, lora_B, h = ctx.saved_tensors
-        if ctx.backend == "native":
-            dx, dA, dB = LORA_BWD.call("native", grad, x, weight, lora_A, lora_B, h, ctx.scaling, need_x)
+        need_x, _, _, need_A, need_B, _, _, need_dropped = ctx.needs_input_grad
+        source, weight, lora_A, lora_B, h = ctx.saved_tensors
+        if not ctx.drops:
+            dx, dA, dB = _gradients(ctx, grad, source, weight, lora_A, lora_B, h, need_x)
+            ddropped = None
         else:
-            rows = x if x is None else base.as_rows(x)
-            with base.without_autocast(grad):
-                needs = (need_x, need_A, need_B)
-                dx, dA, dB = lora_bwd(base.as_rows(grad), rows, weight, lora_A, lora_B, h, ctx.scaling, needs)
-            dx = dx if dx is None else base.like_rows(dx, grad)
-        return dx if need_x else None, None, None, dA if need_A else None, dB if need_B else None, None, None
+            dx = base.base_gradient(grad, weight) if need_x else None
+            ddropped, dA, dB = _gradients(ctx, grad, source, None, lora_A, lora_B, h, need_dropped)
+        return (
+            dx if need_x else None, None, None, dA if need_A else None, dB if need_B else None, None, None,
+            ddropped if need_dropped else None,
+        )  # fmt: skip
 
 
 def lora_linear(
@@ -176,23 +201,43 @@ def lora_linear(
 
 
 def apply_lora(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropped: Tensor | None = None,
 ) -> Tensor:
-    """lora_linear for arguments that are known to fit."""
+    """lora_linear for arguments that are known to fit; dropped is x as dropout left it for the adapter."""
     backend = LORA_FWD.choose(x, lora_A)
     if backend == "reference":
-        return base.dense_linear(x, weight, bias, reference.lora.lora_weight(lora_A, lora_B, scaling))
-    return base.through_autocast(_apply, x, weight, bias, lora_A, lora_B, scaling, backend)
+        delta = reference.lora.lora_weight(lora_A, lora_B, scaling)
+        if dropped is None:
+            return base.dense_linear(x, weight, bias, delta)
+        return F.linear(x, weight, bias) + base.dense_linear(dropped, None, None, delta)  # type: ignore[arg-type]
+    return base.through_autocast(_apply, x, weight, bias, lora_A, lora_B, scaling, backend, dropped)
 
 
 def _apply(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    backend: str,
+    dropped: Tensor | None,
 ) -> Tensor:
     if backend == "native" and lora_A.dtype != torch.float32:
         lora_A, lora_B = lora_A.float(), lora_B.float()
+    if dropped is not None:
+        dropped = dropped.to(x.dtype)  # which autocast may have changed
     if not base.needs_autograd(x, weight, bias, lora_A, lora_B):
-        return _run(backend, x, weight, bias, lora_A, lora_B, scaling)[0]
+        return _run(backend, x, weight, bias, lora_A, lora_B, scaling, dropped)[0]
     if base.is_frozen(weight, bias):
-        return LoRAFunction.apply(x, weight, bias, lora_A, lora_B, scaling, backend)
+        return LoRAFunction.apply(x, weight, bias, lora_A, lora_B, scaling, backend, dropped)
     assert weight is not None
-    return F.linear(x, weight, bias) + LoRAFunction.apply(x, None, None, lora_A, lora_B, scaling, backend)
+    source = x if dropped is None else dropped
+    delta = LoRAFunction.apply(source, None, None, lora_A, lora_B, scaling, backend, None)
+    return F.linear(x, weight, bias) + delta

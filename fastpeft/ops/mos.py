@@ -18,7 +18,7 @@ from fastpeft.backend import Operator
 from fastpeft.ops import base, lora
 
 
-def _mos_fwd_fake(x, weight, bias, pool_A, index_A, pool_B, index_B, scaling):
+def _mos_fwd_fake(x, weight, bias, pool_A, index_A, pool_B, index_B, scaling, dropped=None):
     lead, (rank, shards) = x.shape[:-1], index_A.shape
     return x.new_empty(*lead, pool_B.shape[1] * shards), pool_A.new_empty(math.prod(lead), rank)
 
@@ -26,7 +26,7 @@ def _mos_fwd_fake(x, weight, bias, pool_A, index_A, pool_B, index_B, scaling):
 # Returns y (..., out) and h = x Aᵀ (T, r). In the other lanes MoS is LoRA over assembled matrices.
 MOS_FWD = Operator(
     "mos_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor pool_A, Tensor index_A, Tensor pool_B, Tensor index_B,"
-    " float scaling) -> (Tensor, Tensor)",
+    " float scaling, Tensor? dropped=None) -> (Tensor, Tensor)",
     fake=_mos_fwd_fake,
     order=("native", "torch", "triton"),
 )
@@ -132,28 +132,36 @@ class MoSFunction(torch.autograd.Function):
     """The whole layer in one compiled operator each way; shards are read, and gradients added, where the pools lie."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, token, index_A, index_B, pools, tap, scaling):
+    def forward(ctx, x, weight, bias, token, index_A, index_B, pools, tap, scaling, dropped):
         pool_A, pool_B = pools
-        y, h = MOS_FWD.call("native", x, weight, bias, pool_A, index_A, pool_B, index_B, scaling)
-        x = x if pool_A.requires_grad else None
+        y, h = MOS_FWD.call("native", x, weight, bias, pool_A, index_A, pool_B, index_B, scaling, dropped)
+        source = x if dropped is None else dropped
+        source = source if pool_A.requires_grad else None
         h = h if pool_B.requires_grad else None
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, pool_A, index_A, pool_B, index_B, h)
-        ctx.tap, ctx.scaling = tap, scaling
+        ctx.save_for_backward(source, weight if ctx.needs_input_grad[0] else None, pool_A, index_A, pool_B, index_B, h)
+        ctx.tap, ctx.scaling, ctx.drops = tap, scaling, dropped is not None
         return y
 
     @staticmethod
     @base.once_differentiable
     def backward(ctx, grad):
-        need_x = ctx.needs_input_grad[0]
-        x, weight, pool_A, index_A, pool_B, index_B, h = ctx.saved_tensors
+        need_x, need_dropped = ctx.needs_input_grad[0], ctx.needs_input_grad[9]
+        source, weight, pool_A, index_A, pool_B, index_B, h = ctx.saved_tensors
         dpool_A, dpool_B = (None, None) if ctx.tap is None else ctx.tap.gradients()
-        x, h = None if dpool_A is None else x, None if dpool_B is None else h
-        dx = MOS_BWD.call(
-            "native", dpool_A, dpool_B, grad, x, weight, pool_A, index_A, pool_B, index_B, h, ctx.scaling, need_x
-        )
+        source, h = None if dpool_A is None else source, None if dpool_B is None else h
+        dx = None
+        if ctx.drops:
+            dx, weight = base.base_gradient(grad, weight) if need_x else None, None
+        need_source = need_dropped if ctx.drops else need_x
+        dsource = MOS_BWD.call(
+            "native", dpool_A, dpool_B, grad, source, weight, pool_A, index_A, pool_B, index_B, h, ctx.scaling,
+            need_source,
+        )  # fmt: skip
+        dsource = dsource if need_source else None
         # As in ShardsFunction, the token's gradient is empty.
         empty = None if ctx.tap is None else grad.new_empty(0)
-        return dx if need_x else None, None, None, empty, None, None, None, None, None
+        dx, ddropped = (dx, dsource) if ctx.drops else (dsource, None)
+        return dx, None, None, empty, None, None, None, None, None, ddropped
 
 
 def mos_linear(
@@ -215,15 +223,16 @@ def apply_mos(
     pool_B: Tensor,
     index_B: Tensor,
     scaling: float,
+    dropped: Tensor | None = None,
 ) -> Tensor:
-    """mos_linear for arguments that are known to fit."""
+    """mos_linear for arguments that are known to fit; dropped is x as dropout left it for the adapter."""
     in_place = (
         MOS_FWD.choose(x, pool_A) == "native" and pool_A.dtype == torch.float32 and not torch.compiler.is_compiling()
     )
     if in_place and base.is_frozen(weight, bias):
-        return base.through_autocast(_apply, x, weight, bias, pool_A, index_A, pool_B, index_B, scaling)
+        return base.through_autocast(_apply, x, weight, bias, pool_A, index_A, pool_B, index_B, scaling, dropped)
     A, B_transposed = assemble(pool_A, index_A, pool_B, index_B)
-    return lora.apply_lora(x, weight, bias, A, B_transposed.T, scaling)
+    return lora.apply_lora(x, weight, bias, A, B_transposed.T, scaling, dropped)
 
 
 def _apply(
@@ -235,12 +244,16 @@ def _apply(
     pool_B: Tensor,
     index_B: Tensor,
     scaling: float,
+    dropped: Tensor | None,
 ) -> Tensor:
+    if dropped is not None:
+        dropped = dropped.to(x.dtype)  # which autocast may have changed
     if not base.needs_autograd(x, pool_A, pool_B):
-        return MOS_FWD.call("native", x, weight, bias, pool_A, index_A, pool_B, index_B, scaling)[0]
+        return MOS_FWD.call("native", x, weight, bias, pool_A, index_A, pool_B, index_B, scaling, dropped)[0]
     pools = pool_A, pool_B
     tap = pool_tap(pools) if pool_A.requires_grad or pool_B.requires_grad else None
-    return MoSFunction.apply(x, weight, bias, None if tap is None else tap.token, index_A, index_B, pools, tap, scaling)
+    token = None if tap is None else tap.token
+    return MoSFunction.apply(x, weight, bias, token, index_A, index_B, pools, tap, scaling, dropped)
 
 
 def check_index(name: str, index: Tensor, n_shards: int) -> None:
