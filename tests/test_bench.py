@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCH))
 import layers  # noqa: E402
 import tables  # noqa: E402
 import tax  # noqa: E402
+import whole_model  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -141,7 +142,7 @@ def test_blockwise_rotation_is_the_formula(b: int, m: int):
     torch.testing.assert_close(layers.rotate(x, blocks), reference.boft.butterfly(x, blocks), rtol=0, atol=1e-9)
 
 
-def test_pairs_take_turns(monkeypatch):
+def test_pairs_take_turns():
     seen = []
 
     def call(name: str, seconds: float):
@@ -150,8 +151,7 @@ def test_pairs_take_turns(monkeypatch):
     assert tax.in_turn(call("a", 1.0), call("b", 2.0)) == (1.0, 2.0, tax.ROUNDS)
     assert seen == ["a", "b"] * (tax.ROUNDS + tax.WARM_UP)
     assert tax.in_turn(call("a", 1e-6), call("b", 1e-6))[2] == tax.MOST_ROUNDS
-    monkeypatch.setattr(tax, "PATIENCE", -1.0)
-    assert tax.in_turn(call("a", 1.0), call("b", 2.0)) == (1.0, 2.0, 3)
+    assert tax.in_turn(call("a", 1.0), call("b", 2.0), patience=-1.0) == (1.0, 2.0, 3)
 
 
 def made_up(library: str, d: int, tokens: int, extra: float) -> tables.Row:
@@ -186,3 +186,33 @@ def test_chart(axis: str, tmp_path: Path):
     pytest.importorskip("matplotlib")
     tables.chart(ROWS, str(tmp_path / "tax.png"), axis)
     assert (tmp_path / "tax.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------------- bench/whole_model.py
+
+
+def test_a_whole_model(tmp_path: Path, capsys, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=6, num_attention_heads=4, intermediate_size=64
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(tax, "PAIR_SECONDS", 0.0)
+    monkeypatch.setattr(tax, "ROUNDS", 3)
+    path = tmp_path / "model.json"
+    methods = ("lora", "mos", "boft", "fourierft")
+    given = ["--model", str(tmp_path / "model"), "--no-peft", "--threads", "1", "--json", str(path)]
+    assert whole_model.main(given) == 0, capsys.readouterr().out
+    rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
+    assert tuple(rows) == methods
+    for row in rows.values():
+        assert 0 < row["error"] <= 2 and row["step"] > 0 and row["frozen_sentence"] > 0 and row["bytes"] > 0
+    # Six layers of one shape share a pool: its gradient is one array of theirs, and smaller than LoRA's.
+    assert rows["mos"]["gradient_bytes"] < rows["lora"]["gradient_bytes"] / 3
+    printed = capsys.readouterr().out
+    assert all(f"| {method} | fastpeft |" in printed for method in methods)
+
+
+def test_a_wrong_model_gets_no_figures():
+    row = whole_model.Row("lora", "fastpeft", 2.5, 1.0, 1.0, 1.0, 1.0, 1, 1)
+    assert not row.right and "wrong" in whole_model.table([row])[-1]
