@@ -2,7 +2,7 @@
 
     pytest bench/test_operators.py -k "boft and 4096"
 
-lora_*, mos_* and boft_* hold the frozen product themselves, the others do not.
+lora_*, mos_*, boft_* and fourier_* hold the frozen product themselves, the others do not.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def calls(d: int, tokens: int) -> dict[str, Callable[[], object]]:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g)
 
-    x, grad, y, dx = (draw(tokens, d) for _ in range(4))
-    weight, bias, scale = draw(d, d) / d**0.5, draw(d), draw(d)
+    x, grad, y = (draw(tokens, d) for _ in range(3))
+    weight, bias, scale = draw(d, d) / d**0.5, draw(d), draw(d, 1)
     A, B, h = draw(RANK, d), draw(d, RANK), draw(tokens, RANK)
     pool_A, pool_B = (draw(POOL_RANK * MOS_LAYERS * SHARDS, d // SHARDS) for _ in range(2))
     index_A, index_B = (torch.randperm(len(pool_A), generator=g)[: RANK * SHARDS].reshape(RANK, -1) for _ in range(2))
@@ -64,14 +64,14 @@ def calls(d: int, tokens: int) -> dict[str, Callable[[], object]]:
         "boft_bwd": lambda: ops.boft_bwd(grad, x, weight, bias, blocks, scale, y, True, True),
         "cayley_fwd": lambda: ops.cayley_fwd(R),
         "cayley_bwd": lambda: ops.cayley_bwd(dblocks, blocks),
-        "fourier_fwd_": lambda: ops.fourier_fwd_(y, x, spectrum, *tables.forward, 1e-6),
-        "fourier_bwd_": lambda: ops.fourier_bwd_(dx, grad, x, spectrum, *where, 1e-6),
+        "fourier_fwd": lambda: ops.fourier_fwd(x, weight, bias, spectrum, *tables.forward, 1e-6),
+        "fourier_bwd": lambda: ops.fourier_bwd(grad, x, weight, spectrum, *where, 1e-6, True),
     }
 
 
 NAMES = [
     *("product", "product_bwd", "lora_fwd", "lora_bwd", "mos_fwd", "mos_bwd_", "butterfly_fwd", "butterfly_bwd"),
-    *("boft_fwd", "boft_bwd", "cayley_fwd", "cayley_bwd", "fourier_fwd_", "fourier_bwd_"),
+    *("boft_fwd", "boft_bwd", "cayley_fwd", "cayley_bwd", "fourier_fwd", "fourier_bwd"),
 ]
 # The Cayley transform knows no tokens.
 CASES = [

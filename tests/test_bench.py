@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCH))
 import layers  # noqa: E402
 import tables  # noqa: E402
 import tax  # noqa: E402
+import test_operators  # noqa: E402
 import whole_model  # noqa: E402
 
 
@@ -186,6 +187,15 @@ def test_chart(axis: str, tmp_path: Path):
     pytest.importorskip("matplotlib")
     tables.chart(ROWS, str(tmp_path / "tax.png"), axis)
     assert (tmp_path / "tax.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------------- bench/test_operators.py
+
+
+@pytest.mark.parametrize("name", test_operators.NAMES)
+def test_what_is_timed_of_operators_runs(name: str):
+    assert set(test_operators.NAMES) == set(test_operators.calls(256, 3))
+    test_operators.calls(256, 3)[name]()
 
 
 # ---------------------------------------------------------------------- bench/whole_model.py
