@@ -67,7 +67,7 @@ def twin(linear: nn.Linear) -> nn.Linear:
 def hollow(linear: nn.Linear) -> nn.Linear:
     """A layer of the same sizes whose weight is one number in memory."""
     layer = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    layer.weight = nn.Parameter(torch.zeros(()).expand_as(linear.weight), requires_grad=False)
+    layer.weight = nn.Parameter(linear.weight.new_zeros(()).expand_as(linear.weight), requires_grad=False)
     return layer
 
 

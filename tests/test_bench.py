@@ -16,6 +16,7 @@ from fastpeft import reference
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
+import gpu  # noqa: E402
 import layers  # noqa: E402
 import tables  # noqa: E402
 import tax  # noqa: E402
@@ -196,6 +197,36 @@ def test_chart(axis: str, tmp_path: Path):
 def test_what_is_timed_of_operators_runs(name: str):
     assert set(test_operators.NAMES) == set(test_operators.calls(256, 3))
     test_operators.calls(256, 3)[name]()
+
+
+# ---------------------------------------------------------------------- bench/gpu.py
+
+
+def test_the_gpu_bench_on_a_cpu(tmp_path: Path, capsys, monkeypatch):
+    """Everything but graphs, events and the compiler."""
+    monkeypatch.setattr(gpu, "ROUNDS", 2)
+    monkeypatch.setattr(gpu, "ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(torch, "compile", lambda layer: layer)
+    path = tmp_path / "gpu.md"
+    given = ["--device", "cpu", "--widths", "32", "--tokens", "3", "--methods", "lora-r8", "--markdown", str(path)]
+    assert gpu.main([*given, "--no-peft"]) == 0
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line.split(" | ")[3] for line in lines[2:5]] == ["fastpeft", "fastpeft, Triton", "formula, compiled"]
+    assert all(float(line.split(" | ")[4]) > 0 for line in lines[2:5])
+    assert gpu.main([*given, "--seconds", "1", "--widths", *["16"] * 50, "--no-peft"]) == 0
+    assert "not reached: lora-r8 at 16→16" in capsys.readouterr().out
+
+
+def test_the_gpu_bench_without_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert gpu.main([]) == 2
+    assert "no CUDA GPU" in capsys.readouterr().err
+
+
+def test_floors():
+    assert gpu.floor((4096, 4096), 1) == "7.8 µs, bytes"
+    assert gpu.floor((4096, 4096), 2048) == "87.0 µs, operations"
 
 
 # ---------------------------------------------------------------------- bench/whole_model.py

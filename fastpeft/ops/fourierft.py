@@ -8,7 +8,8 @@ Cost: T · (d1 log d1 + d2 log d2 + n) operations.
 Gradients, with G = fft(grad): ∂L/∂c_k = α / (d1 d2) · Re Σ_t G[u_k] X[v_k], and ∂L/∂x is the same operator on grad
 with (u, d1) and (v, d2) exchanged.
 
-The compiled form (csrc/cpu/fourierft_loops.cpp) keeps whole spectra of two tokens at a time. In the form composed of
+The compiled form (csrc/cpu/fourierft_loops.cpp) keeps whole spectra of two tokens at a time. The Triton kernels
+(kernels/fourierft.py) do the gather, product and scatter between the library's transforms. In the form composed of
 PyTorch operations the gather, product and scatter between two transforms is an embedding bag: the table holds one row
 of T numbers for each real and imaginary part of a bin, a bag is a part of an output bin, and the coefficients are its
 weights.
@@ -25,15 +26,16 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastpeft import reference
-from fastpeft.backend import Operator
+from fastpeft.backend import Operator, triton_available
 from fastpeft.ops import base
 
-# y, with the mix from bins of x to bins of y and scale = α / (d1 d2).
+# y, with the mix from bins of x to bins of y and scale = α / (d1 d2). Triton takes x as rows, and stands behind the
+# library composition until it has been measured on a GPU.
 FOURIER_FWD = Operator(
     "fourier_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor spectrum, Tensor offsets, Tensor sources,"
     " Tensor entries, float scale) -> Tensor",
     fake=lambda x, weight, bias, spectrum, offsets, *_: x.new_empty(*x.shape[:-1], offsets.shape[0] - 1),
-    order=("native", "torch"),
+    order=("native", "torch", "triton"),
 )
 
 
@@ -47,12 +49,27 @@ FOURIER_BWD = Operator(
     "fourier_bwd(Tensor grad, Tensor? x, Tensor? weight, Tensor spectrum, Tensor rows, Tensor cols, Tensor offsets,"
     " Tensor sources, Tensor entries, float scale, bool need_x) -> (Tensor, Tensor)",
     fake=_fourier_bwd_fake,
-    order=("native", "torch"),
+    order=("native", "torch", "triton"),
 )
+
+if triton_available():
+
+    def _fourier_fwd_triton(*args):
+        from fastpeft.kernels.fourierft import fourier_fwd  # importing triton takes a second: only where it runs
+
+        return fourier_fwd(*args)
+
+    def _fourier_bwd_triton(*args):
+        from fastpeft.kernels.fourierft import fourier_bwd
+
+        return fourier_bwd(*args)
+
+    FOURIER_FWD.implement_triton(_fourier_fwd_triton)
+    FOURIER_BWD.implement_triton(_fourier_bwd_triton)
 
 
 class Mix(NamedTuple):
-    """The gather–multiply–scatter between two whole spectra, for the compiled lane; 2n samples sorted by target bin.
+    """The gather–multiply–scatter between two whole spectra, for the compiled lanes; 2n samples sorted by target bin.
 
     With H[u, v] = ½ (S[u, v] + S[−u, −v]) an entry stands at two places with half its coefficient.
     """
@@ -254,9 +271,15 @@ def _run(
     shape: tuple[int, int],
     scaling: float,
 ) -> Tensor:
+    scale = scaling / (shape[0] * shape[1])
     if backend == "native":
-        return FOURIER_FWD.call("native", x, weight, bias, spectrum, *tables.forward, scaling / (shape[0] * shape[1]))
-    return base.like_rows(fourier_fwd(base.as_rows(x), weight, bias, spectrum, tables, shape, scaling), x)
+        return FOURIER_FWD.call("native", x, weight, bias, spectrum, *tables.forward, scale)
+    rows = base.as_rows(x)
+    if backend == "triton":
+        y = FOURIER_FWD.call("triton", rows, weight, bias, spectrum, *tables.forward, scale)
+    else:
+        y = fourier_fwd(rows, weight, bias, spectrum, tables, shape, scaling)
+    return base.like_rows(y, x)
 
 
 class FourierFunction(torch.autograd.Function):
@@ -275,15 +298,19 @@ class FourierFunction(torch.autograd.Function):
         needs = need_x, need_spectrum = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         x, weight, spectrum = ctx.saved_tensors
         tables, shape, scaling, backend = ctx.settings
+        scale = scaling / (shape[0] * shape[1])
+        places = (tables.rows, tables.cols, *tables.backward)
         if backend == "native":
-            places = (tables.rows, tables.cols, *tables.backward)
-            scale = scaling / (shape[0] * shape[1])
             dx, dspectrum = FOURIER_BWD.call("native", grad, x, weight, spectrum, *places, scale, need_x)
         else:
-            rows = x if x is None else base.as_rows(x)
+            grad_rows, rows = base.as_rows(grad), x if x is None else base.as_rows(x)
             with base.without_autocast(grad):
-                dx, dspectrum = fourier_bwd(base.as_rows(grad), rows, weight, spectrum, tables, shape, scaling, needs)
-            dx = dx if dx is None else base.like_rows(dx, grad)
+                if backend == "triton":
+                    arguments = (grad_rows, rows, weight, spectrum, *places, scale, need_x)
+                    dx, dspectrum = FOURIER_BWD.call("triton", *arguments)
+                else:
+                    dx, dspectrum = fourier_bwd(grad_rows, rows, weight, spectrum, tables, shape, scaling, needs)
+            dx = base.like_rows(dx, grad) if need_x else None
         return dx if need_x else None, None, None, dspectrum if need_spectrum else None, None, None, None, None
 
 
@@ -379,6 +406,9 @@ def fourier_weight(
     The real part of a two-dimensional transform needs half of its columns, and of those only the occupied ones take
     part in the first pass. Differentiable in spectrum. Source: FourierFT (arXiv 2405.03003, equations 2 to 4).
 
+    Library calls are the right form on a GPU too: the first pass has min(n, in / 2) columns, the second one reads a
+    half and writes the whole of the result, and what is left beside them are n scattered numbers.
+
     Args:
         spectrum: (n,), real coefficients.
         rows: (n,), int64, in [0, shape[0]).
@@ -399,6 +429,7 @@ def fourier_weight(
     wide = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
     if FOURIER_FWD.choose(spectrum, spectrum) == "reference":
         return reference.fourierft.fourier_weight(wide, rows, cols, shape, scaling)
+    wide = wide * scaling  # n numbers, where out · in would be one more pass over the result
     out_features, in_features = shape
     # H[u, v] = ½ (S[u, v] + S[−u, −v]) is Hermitian, and Re ifft2(S) = ifft2(H). Keep each entry's half of it, and the
     # whole entry where v is its own mirror image: there S[−u, v] is in the half as well.
@@ -413,4 +444,4 @@ def fourier_weight(
     compact = compact.index_put((mirror_rows, column), torch.where(own_mirror, wide / 2, 0), accumulate=True)
     first = torch.fft.ifft(compact, dim=0)
     half = first.new_zeros(out_features, in_features // 2 + 1).index_copy(1, occupied, first)
-    return scaling * torch.fft.irfft(half, n=in_features, dim=1)
+    return torch.fft.irfft(half, n=in_features, dim=1)
