@@ -173,8 +173,8 @@ class Operator:
             raise RuntimeError(f"backend {_forced!r} was asked for, but {self.name} has only {', '.join(self.order)}")
         if _forced in _UNAVAILABLE and (reason := _UNAVAILABLE[_forced](self, x)) is not None:
             raise RuntimeError(f"backend {_forced!r} was asked for, but cannot run {self.name}: {reason}")
-        if _forced == "native" and adapter.dtype == torch.float64:
-            raise RuntimeError(f"backend 'native' was asked for, but cannot run {self.name} with a float64 adapter")
+        if _forced in _UNAVAILABLE and adapter.dtype == torch.float64:
+            raise RuntimeError(f"backend {_forced!r} was asked for, but cannot run {self.name} with a float64 adapter")
         return _forced
 
     def _best(self, x: Tensor) -> str:

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft import reference
-from fastpeft.backend import Operator
+from fastpeft.backend import Operator, triton_available
 from fastpeft.ops import base
 
+# Triton stands behind the library composition, here and below, until it has been measured on a GPU. It takes x as rows.
 BUTTERFLY_FWD = Operator(
     "butterfly_fwd(Tensor x, Tensor blocks) -> Tensor",
     fake=lambda x, blocks: x.new_empty(x.shape),
-    order=("native", "torch"),
+    order=("native", "torch", "triton"),
 )
 
 
@@ -33,23 +34,36 @@ def _butterfly_bwd_fake(grad, x, blocks, need_x, need_blocks):
 BUTTERFLY_BWD = Operator(
     "butterfly_bwd(Tensor grad, Tensor x, Tensor blocks, bool need_x, bool need_blocks) -> (Tensor, Tensor)",
     fake=_butterfly_bwd_fake,
-    order=("native", "torch"),
+    order=("native", "torch", "triton"),
 )
 
 
 CAYLEY_FWD = Operator(
     "cayley_fwd(Tensor boft_R) -> Tensor",
     fake=torch.empty_like,
-    order=("native", "torch"),
+    order=("native", "torch", "triton"),
     dtypes=(torch.float32,),
 )
 
 CAYLEY_BWD = Operator(
     "cayley_bwd(Tensor grad, Tensor blocks) -> Tensor",
     fake=lambda grad, blocks: torch.empty_like(blocks),
-    order=("native", "torch"),
+    order=("native", "torch", "triton"),
     dtypes=(torch.float32,),
 )
+
+if triton_available():
+
+    def _in_triton(operator: Operator) -> None:
+        def launch(*args):
+            from fastpeft.kernels import boft  # importing triton takes a second: only where it runs
+
+            return getattr(boft, operator.name)(*args)
+
+        operator.implement_triton(launch)
+
+    for _operator in (BUTTERFLY_FWD, BUTTERFLY_BWD, CAYLEY_FWD, CAYLEY_BWD):
+        _in_triton(_operator)
 
 
 def _boft_fwd_fake(x, weight, bias, blocks, scale, keep):
@@ -128,15 +142,16 @@ class BlocksFunction(torch.autograd.Function):
     """The compiled Cayley transform of boft_R, which takes its skew part by itself."""
 
     @staticmethod
-    def forward(ctx, boft_R):
-        q = CAYLEY_FWD.call("native", boft_R)
+    def forward(ctx, boft_R, backend):
+        q = CAYLEY_FWD.call(backend, boft_R)
         ctx.save_for_backward(q)
+        ctx.backend = backend
         return q
 
     @staticmethod
     @base.once_differentiable
     def backward(ctx, grad):
-        return CAYLEY_BWD.call("native", grad, *ctx.saved_tensors)
+        return CAYLEY_BWD.call(ctx.backend, grad, *ctx.saved_tensors), None
 
 
 def boft_blocks(
@@ -144,8 +159,9 @@ def boft_blocks(
 ) -> Tensor:  # (m, d / b, b, b), float32 or wider
     """The orthogonal blocks Q of the trained ones: Cayley of S = ½ (R − Rᵀ)."""
     wide = boft_R.to(torch.promote_types(boft_R.dtype, torch.float32))
-    if CAYLEY_FWD.choose(wide, wide) == "native":
-        return BlocksFunction.apply(wide)
+    backend = CAYLEY_FWD.choose(wide, wide)
+    if backend in ("native", "triton"):
+        return BlocksFunction.apply(wide, backend)
     return cayley((wide - wide.mT) / 2)
 
 
@@ -204,7 +220,7 @@ class ButterflyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, blocks, backend):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, blocks)
-        ctx.shape = x.shape
+        ctx.backend = backend
         return _butterfly(backend, x, blocks)
 
     @staticmethod
@@ -213,17 +229,25 @@ class ButterflyFunction(torch.autograd.Function):
         x, blocks = ctx.saved_tensors
         need_x, need_blocks, _ = ctx.needs_input_grad
         x = grad if x is None else x  # a stand-in of the right shape: the values are not read
-        if BUTTERFLY_BWD.choose(grad, blocks) == "native":
+        # What is native forward need not be so backward.
+        backend = ctx.backend if ctx.backend == "triton" else BUTTERFLY_BWD.choose(grad, blocks)
+        if backend == "native":
             dx, dblocks = BUTTERFLY_BWD.call("native", grad, x, blocks, need_x, need_blocks)
             return dx if need_x else None, dblocks if need_blocks else None, None
-        with base.without_autocast(grad):
-            dx, dblocks = butterfly_bwd(base.as_rows(grad), base.as_rows(x), blocks, need_x, need_blocks)
-        return dx if dx is None else base.like_rows(dx, grad), dblocks, None
+        arguments = base.as_rows(grad), base.as_rows(x), blocks, need_x, need_blocks
+        if backend == "triton":
+            dx, dblocks = BUTTERFLY_BWD.call("triton", *arguments)
+        else:
+            with base.without_autocast(grad):
+                dx, dblocks = butterfly_bwd(*arguments)
+        return base.like_rows(dx, grad) if need_x else None, dblocks if need_blocks else None, None
 
 
 def _butterfly(backend: str, x: Tensor, blocks: Tensor) -> Tensor:
     if backend == "native":
         return BUTTERFLY_FWD.call("native", x, blocks)
+    if backend == "triton":
+        return base.like_rows(BUTTERFLY_FWD.call("triton", base.as_rows(x), blocks), x)
     with base.without_autocast(x):
         return base.like_rows(butterfly_fwd(base.as_rows(x), blocks), x)
 
@@ -363,7 +387,8 @@ def apply_boft(x: Tensor, weight: Tensor, bias: Tensor | None, boft_R: Tensor, b
 
 
 def _in_one_operator(x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Tensor, boft_s: Tensor) -> bool:
-    native = BOFT_FWD.choose(x, matrices) == "native"
+    # Asked of the butterfly first: what it has and the whole layer lacks, as Triton, can be forced too.
+    native = BUTTERFLY_FWD.choose(x, matrices) == "native" and BOFT_FWD.choose(x, matrices) == "native"
     if boft_s.dtype != matrices.dtype:
         native = native and BOFT_FWD.choose(x, boft_s) == "native"
     return native and base.is_frozen(weight, bias)
