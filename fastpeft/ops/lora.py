@@ -35,11 +35,12 @@ def _lora_bwd_fake(grad, x, weight, lora_A, lora_B, h, scaling, need_x):
 
 
 # Gradients of x, lora_A (if x is given) and lora_B (if h is given); one that is not needed comes back with no rows.
+# Triton, which leaves g W to the library and reads x and g once for the rest, is behind the composition as it is above.
 LORA_BWD = Operator(
     "lora_bwd(Tensor grad, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? h, float scaling,"
     " bool need_x) -> (Tensor, Tensor, Tensor)",
     fake=_lora_bwd_fake,
-    order=("native", "torch"),
+    order=("native", "torch", "triton"),
 )
 
 if triton_available():
@@ -49,7 +50,14 @@ if triton_available():
 
         return lora_fwd(x, weight, bias, lora_A, lora_B, scaling)
 
+    def _lora_bwd_triton(grad, x, weight, lora_A, lora_B, h, scaling, need_x):
+        from fastpeft.kernels.lora import lora_bwd
+
+        with base.without_autocast(grad):
+            return lora_bwd(grad, x, weight, lora_A, lora_B, h, scaling, need_x)
+
     LORA_FWD.implement_triton(_lora_fwd_triton)
+    LORA_BWD.implement_triton(_lora_bwd_triton)
 
 
 def lora_fwd(
@@ -126,10 +134,13 @@ def _gradients(ctx, grad, x, weight, lora_A, lora_B, h, need_x):
     """Of what A was applied to, of A and of B; with weight what x gets from the base is in the first."""
     if ctx.backend == "native":
         return LORA_BWD.call("native", grad, x, weight, lora_A, lora_B, h, ctx.scaling, need_x)
-    rows = x if x is None else base.as_rows(x)
+    rows, grad_rows = x if x is None else base.as_rows(x), base.as_rows(grad)
+    if ctx.backend == "triton":
+        dx, dA, dB = LORA_BWD.call("triton", grad_rows, rows, weight, lora_A, lora_B, h, ctx.scaling, need_x)
+        return base.like_rows(dx, grad) if need_x else None, dA, dB
     with base.without_autocast(grad):
         needs = need_x, x is not None, h is not None
-        dx, dA, dB = lora_bwd(base.as_rows(grad), rows, weight, lora_A, lora_B, h, ctx.scaling, needs)
+        dx, dA, dB = lora_bwd(grad_rows, rows, weight, lora_A, lora_B, h, ctx.scaling, needs)
     return dx if dx is None else base.like_rows(dx, grad), dA, dB
 
 

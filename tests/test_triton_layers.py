@@ -1,0 +1,66 @@
+"""Whole layers through the Triton kernels, forward and backward, beside the formula and the PyTorch composition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import IN, METHODS, OUT, Method, adapted, assert_same, check, make_linear, randn, run
+
+import fastpeft
+
+pytest.importorskip("triton")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = {"one": (IN,), "rows": (19, IN), "sequences": (3, 7, IN), "none": (0, IN)}
+
+
+@pytest.fixture(autouse=True)
+def forced():
+    with fastpeft.use_backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers(method: Method, dtype: torch.dtype):
+    check(adapted(method, make_linear(dtype=dtype)), randn(19, IN, dtype=dtype))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_any_leading_shape(method: Method, shape: tuple[int, ...]):
+    layer, x = adapted(method), randn(*shape)
+    found, rows = run(layer, x), x.reshape(-1, IN)
+    grad = randn(*shape[:-1], OUT, seed=2).reshape(-1, OUT)
+    expected = run(layer, rows, gradient=grad)
+    assert found.y.shape == (*shape[:-1], OUT) and found.dx is not None and found.dx.shape == x.shape
+    found.y, found.dx = found.y.reshape(-1, OUT), found.dx.reshape(-1, IN)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_results_repeat_bit_for_bit(method: Method):
+    layer, x = adapted(method), randn(300, IN)
+    assert_same(run(layer, x), run(layer, x))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_float64_is_refused(method: Method):
+    with pytest.raises(RuntimeError, match="'triton' was asked for"):
+        adapted(method, make_linear(dtype=torch.float64))(randn(3, IN, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_only_what_is_asked_for(method: Method):
+    """The gradient of x alone, and of the adapter alone, are the same as together."""
+    layer, x = adapted(method), randn(19, IN)
+    both = run(layer, x)
+    grad = randn(19, OUT, seed=2)
+    y = layer(x)
+    y.backward(grad)
+    for name, parameter in layer.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, both.gradients[name]), name
+    leaf = x.clone().requires_grad_()
+    layer.requires_grad_(False)
+    layer(leaf).backward(grad)
+    assert both.dx is not None and leaf.grad is not None and torch.equal(leaf.grad, both.dx)
