@@ -37,16 +37,11 @@ pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 
 def isa_flags() -> dict[str, list[str]]:
     """ISA_FLAGS as setup.py has it; importing that would build the extension."""
-    flags = {}
+    names: dict[str, dict[str, list[str]]] = {}
     for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())):
-        if not isinstance(node, ast.Assign):
-            continue
-        target = node.targets[0]
-        if ast.unparse(target) == "ISA_FLAGS":
-            flags.update(ast.literal_eval(node.value))
-        elif isinstance(target, ast.Subscript) and ast.unparse(target.value) == "ISA_FLAGS":
-            flags[ast.literal_eval(target.slice)] = ast.literal_eval(node.value)
-    return flags
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("ISA_FLAGS"):
+            exec(ast.unparse(node), names)
+    return names["ISA_FLAGS"]
 
 
 def call(*command) -> subprocess.CompletedProcess:

@@ -157,6 +157,32 @@ def test_fourier_of_every_kind_of_length(length: int):
     assert float((y - exact).square().mean().sqrt()) <= allowed
 
 
+def test_fourier_of_many_rows_goes_through_the_matrix(monkeypatch):
+    """Without gradients and in float32 alone, and to the same result."""
+    d_in, d_out = 24, 40
+    tokens = 32 * d_in * d_out // (d_in + d_out)
+    x, weight, bias, spectrum, _, tables = fourier_inputs(d_in, d_out, 100, tokens)
+    made = []
+    dense = fourierft._dense_weight
+    monkeypatch.setattr(fourierft, "_dense_weight", lambda *args: made.append(args) or dense(*args))
+
+    def layer(x, weight, bias, spectrum):
+        return fourierft.apply_fourier(x, weight, bias, spectrum, tables, (d_out, d_in), 2.0)
+
+    few = layer(x[:-1], weight, bias, spectrum)
+    layer(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), spectrum)
+    layer(x, weight, bias, spectrum.clone().requires_grad_())
+    layer(x, None, None, spectrum)
+    assert not made
+    many = layer(x, weight, bias, spectrum)
+    assert len(made) == 1
+    exact = reference.fourierft.fourier_weight(
+        spectrum.double(), tables.rows.long(), tables.cols.long(), (d_out, d_in), 2.0
+    )
+    exact = x.double() @ (weight.double() + exact).T + bias.double()
+    assert (many - exact).norm() <= 2 * torch.cat([few, many[-1:]]).sub(exact).norm()
+
+
 def test_fourier_reads_slices_where_they_lie():
     """x and grad as slices of wider tensors: what lies between their rows is not read."""
     x, weight, bias, spectrum, grad, tables = fourier_inputs(48, 40, 100, 35)
@@ -533,7 +559,7 @@ def test_cayley_operators_check_their_arguments(bad: torch.Tensor):
 # ---------------------------------------------------------------------- every instruction set
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(isa: str):
     """The chosen set is fixed when the library loads, so each runs in a process of its own."""
     extension = fastpeft.backend.extension

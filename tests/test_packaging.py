@@ -71,7 +71,7 @@ print(fastpeft.__file__, fastpeft.kernels.lora.__file__)
     assert all(path.startswith(str(tmp_path / "site")) for path in found)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
 def test_loops_share_no_code_with_the_rest(isa: str):
     """The linker keeps one copy of a shared inline function. If it kept one from here, it would be in every caller."""
     objects = list((ROOT / "build").rglob(f"*_loops.cpp.{isa}.o"))

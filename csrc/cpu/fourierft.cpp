@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 // Tokens that would leave most lanes of a tile empty take narrower ones.
 const FourierLoops& loops(int64_t tokens) {
 #if defined(__x86_64__)
-  if (active_isa() == Isa::avx512 && tokens <= 2 * avx2::fourier.lanes) return avx2::fourier;
+  if (active_isa() >= Isa::avx512 && tokens <= 2 * avx2::fourier.lanes) return avx2::fourier;
 #endif
   return FASTPEFT_ACTIVE(fourier);
 }

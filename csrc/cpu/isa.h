@@ -11,7 +11,7 @@
 
 namespace fastpeft {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };  // each runs what those before it run
 
 const char* isa_name(Isa isa);
 std::vector<Isa> compiled_isas();
@@ -24,17 +24,18 @@ Isa active_isa();
 }  // namespace fastpeft
 
 #if defined(__x86_64__)
-#define FASTPEFT_FOR_EACH_ISA(apply) apply(baseline) apply(avx2) apply(avx512)
+#define FASTPEFT_FOR_EACH_ISA(apply) apply(baseline) apply(avx2) apply(avx512) apply(avx512_bf16)
 #else
 #define FASTPEFT_FOR_EACH_ISA(apply) apply(baseline)
 #endif
 
 // The loops table of the active instruction set: FASTPEFT_ACTIVE(lora).
 #if defined(__x86_64__)
-#define FASTPEFT_ACTIVE(table)                                         \
-  (::fastpeft::active_isa() == ::fastpeft::Isa::avx512 ? avx512::table \
-   : ::fastpeft::active_isa() == ::fastpeft::Isa::avx2 ? avx2::table   \
-                                                       : baseline::table)
+#define FASTPEFT_ACTIVE(table)                                                   \
+  (::fastpeft::active_isa() == ::fastpeft::Isa::avx512_bf16 ? avx512_bf16::table \
+   : ::fastpeft::active_isa() == ::fastpeft::Isa::avx512    ? avx512::table      \
+   : ::fastpeft::active_isa() == ::fastpeft::Isa::avx2      ? avx2::table        \
+                                                            : baseline::table)
 #else
 #define FASTPEFT_ACTIVE(table) (baseline::table)
 #endif
