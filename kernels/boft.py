@@ -17,7 +17,7 @@ gradients of all factors follow by the chain rule when the tokens are gone.
 import torch
 import triton
 import triton.language as tl
-from fastpeft.kernels import device
+from fastpeft.kernels import device, tuning
 from fastpeft.kernels.device import SHARED_MEMORY, check_dtypes, count_tiles
 from fastpeft.kernels.dots import bfloat16_parts, dot, dot_up, to_bfloat16
 
@@ -324,6 +324,7 @@ def cayley_bwd_kernel(
 
 # The widest window whose R a program holds beside its tokens, and the least that tensor cores multiply.
 WIDEST, NARROWEST = 64, 16
+FREE = ("BLOCK_T", "num_warps", "num_stages")  # of the settings: what tuning may change
 
 
 def butterfly_fits(features: int, block: int, factors: int) -> bool:
@@ -418,6 +419,7 @@ def butterfly_fwd(
         device.processors_of(x.device),
         device.shared_memory_of(x.device),
     )
+    config = tuning.settle("butterfly_fwd", (features, block, factors, x.dtype), tokens, x.device, config, FREE)
     with torch.cuda.device_of(x):  # Triton launches on the current device, wherever x is
         butterfly_fwd_kernel[(tiles * groups,)](
             x, blocks.contiguous(), y, tokens, features, groups, *x.stride(), **config
@@ -455,6 +457,7 @@ def butterfly_bwd(
         device.processors_of(x.device),
         device.shared_memory_of(x.device),
     )
+    config = tuning.settle("butterfly_bwd", (features, block, factors, x.dtype), tokens, x.device, config, FREE)
     width = config["WIDTH"]
     sums = torch.empty((groups if need_blocks else 0, tiles, width, width), dtype=torch.float32, device=x.device)
     blocks = blocks.contiguous()
