@@ -1,4 +1,4 @@
-"""BOFT's rotation of the activation (Liu et al., ICLR 2024, arXiv 2311.06243) and its Cayley transform.
+"""BOFT (Liu et al., ICLR 2024, arXiv 2311.06243): its rotation of the activation, its scale and its Cayley transform.
 
     y = x R,  R = B̃_{m−1} … B̃_0                          (T, d), in x's dtype, rounded once
     dx = g Rᵀ
@@ -11,15 +11,17 @@ No product leaves a window of b · 2^(m−1) features, so R is a diagonal of win
 multiplies the factors of its windows with each other first, once, and then its tokens with that one
 matrix. The permutations become addresses, x is read and y written once whatever m is, no intermediate
 of a token exists, and all that grows with T is two products of tiles: x R, and xᵀ g, from which the
-gradients of all factors follow by the chain rule when the tokens are gone.
+gradients of all factors follow by the chain rule when the tokens are gone. Between rotation and scale stands the
+library's product with W.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from fastpeft.kernels import device, tuning
 from fastpeft.kernels.device import SHARED_MEMORY, check_dtypes, count_tiles
-from fastpeft.kernels.dots import bfloat16_parts, dot, dot_up, to_bfloat16
+from fastpeft.kernels.dots import bfloat16_parts, dot, dot_up, rounded
 
 
 @triton.jit
@@ -110,14 +112,6 @@ def rotate(x, r_high, r_low):
     return acc
 
 
-@triton.jit
-def store_rounded(pointers, value, mask):
-    if pointers.dtype.element_ty == tl.bfloat16:
-        tl.store(pointers, to_bfloat16(value), mask=mask)
-    else:
-        tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
-
-
 # Floor. Bytes: x and y once; the blocks, 4 · b · m a feature, once for each of the groups of token tiles, of which
 # there are at most a few: from L2. Operations: 2 · WIDTH a token and feature, twice that for bfloat16 x (two parts of
 # R) and three times for float16, on tensor cores; (m − 1) · 2 · WIDTH² a feature and group for R. In bfloat16 with
@@ -155,7 +149,8 @@ def butterfly_fwd_kernel(
     for _ in range(group, tl.cdiv(tokens, BLOCK_T), groups):
         mask = (t < tokens)[:, None] & (i < features)[None, :]
         x = tl.load(x_ptr + t[:, None] * stride_xt + i[None, :] * stride_xi, mask=mask, other=0.0)
-        store_rounded(y_ptr + t[:, None] * features + i[None, :], rotate(x, r_high, r_low), mask)
+        y = rounded(rotate(x, r_high, r_low), y_ptr.dtype.element_ty)
+        tl.store(y_ptr + t[:, None] * features + i[None, :], y, mask=mask)
         t += step
 
 
@@ -206,7 +201,8 @@ def butterfly_bwd_kernel(
             else:
                 sums = dot(tl.trans(x), grad, sums)
         if NEED_X:
-            store_rounded(dx_ptr + t[:, None] * features + i[None, :], rotate(grad, r_high, r_low), mask)
+            dx = rounded(rotate(grad, r_high, r_low), dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + t[:, None] * features + i[None, :], dx, mask=mask)
         t += step
 
     if NEED_BLOCKS:
@@ -320,6 +316,77 @@ def cayley_bwd_kernel(
     zeros = tl.zeros_like(grad)
     ds = dot_float32(dot_float32(p, grad, zeros), p, zeros)
     tl.store(dR_ptr + offsets, 0.25 * (tl.trans(ds) - ds), mask=joined)
+
+
+# Floor: y0 and y once, 2 · size a number; two operations.
+@triton.jit(do_not_specialize=["tokens"])
+def scale_fwd_kernel(
+    y0_ptr,  # (tokens, features), contiguous: x R Wᵀ + b
+    bias_ptr,  # (features,) or None
+    scale_ptr,  # (features,)
+    y_ptr,  # like y0, or y0 itself
+    tokens,
+    features,
+    stride_b,
+    stride_s,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = d < features
+    mask = (t < tokens)[:, None] & in_d[None, :]
+    places = t[:, None] * features + d[None, :]
+    y0 = tl.load(y0_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + d * stride_s, mask=in_d, other=0.0)
+    product = y0
+    if bias_ptr is not None:
+        product = y0 - tl.load(bias_ptr + d * stride_b, mask=in_d, other=0.0).to(tl.float32)[None, :]
+    # Where the scale is one y is y0 to the last bit: a fresh adapter changes nothing.
+    y = y0 + product * (scale - 1.0)[None, :]
+    tl.store(y_ptr + places, rounded(y, y_ptr.dtype.element_ty), mask=mask)
+
+
+# g ⊙ s, and Σ_t g ⊙ (y0 − b) over the tokens of a program. Floor: grad, y0 and the product once, 3 · size a number.
+@triton.jit(do_not_specialize=["tokens", "chunk"])
+def scale_bwd_kernel(
+    grad_ptr,  # (tokens, features)
+    y0_ptr,  # (tokens, features), contiguous, or None: no gradient of the scale
+    bias_ptr,  # (features,) or None
+    scale_ptr,  # (features,)
+    scaled_ptr,  # (tokens, features), contiguous
+    sums_ptr,  # (groups, features), contiguous, float32
+    tokens,
+    features,
+    chunk,  # tokens of a program
+    stride_gt,
+    stride_gd,
+    stride_b,
+    stride_s,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = d < features
+    scale = tl.load(scale_ptr + d * stride_s, mask=in_d, other=0.0)
+    bias = tl.zeros((BLOCK_D,), tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + d * stride_b, mask=in_d, other=0.0).to(tl.float32)
+    sums = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    end = min(group * chunk + chunk, tokens)
+    for start in range(group * chunk, end, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        mask = (t < end)[:, None] & in_d[None, :]
+        places = t[:, None] * features + d[None, :]
+        grad_ptrs = grad_ptr + t[:, None] * stride_gt + d[None, :] * stride_gd
+        grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(scaled_ptr + places, rounded(grad * scale[None, :], scaled_ptr.dtype.element_ty), mask=mask)
+        if y0_ptr is not None:
+            y0 = tl.load(y0_ptr + places, mask=mask, other=0.0).to(tl.float32)
+            sums += grad * (y0 - bias[None, :])
+    if y0_ptr is not None:
+        tl.store(sums_ptr + group * features + d, tl.sum(sums, 0), mask=in_d)
 
 
 # The widest window whose R a program holds beside its tokens, and the least that tensor cores multiply.
@@ -474,6 +541,89 @@ def butterfly_bwd(
                 FACTORS=factors, BLOCK=block, WIDTH=width, WINDOW=window, num_warps=warps,
             )  # fmt: skip
     return dx, dblocks
+
+
+# A tile of the scaling: 32 numbers for each of 128 threads, and whole cache lines of each row.
+SCALE_TILE = {"BLOCK_T": 32, "BLOCK_D": 128, "num_warps": 4}
+
+
+def scale_fwd(
+    y0: torch.Tensor,  # (T, out), contiguous
+    bias: torch.Tensor | None,  # (out,)
+    scale: torch.Tensor,  # (out, 1)
+    y: torch.Tensor,  # like y0, or y0 itself
+) -> None:
+    """y = (y0 − b) ⊙ s + b."""
+    tokens, features = y0.shape
+    stride_b = 0 if bias is None else bias.stride(0)
+    grid = count_tiles(tokens, SCALE_TILE["BLOCK_T"]), count_tiles(features, SCALE_TILE["BLOCK_D"])
+    with torch.cuda.device_of(y0):
+        scale_fwd_kernel[grid](y0, bias, scale, y, tokens, features, stride_b, scale.stride(0), **SCALE_TILE)
+
+
+def scale_bwd(
+    grad: torch.Tensor,  # (T, out)
+    y0: torch.Tensor | None,  # (T, out), contiguous
+    bias: torch.Tensor | None,  # (out,)
+    scale: torch.Tensor,  # (out, 1)
+) -> tuple[torch.Tensor, torch.Tensor]:  # (T, out), (out, 1)
+    """g ⊙ s, and the gradient of the scale, without rows where y0 is None."""
+    tokens, features = grad.shape
+    block_t = SCALE_TILE["BLOCK_T"]
+    tiles_d = count_tiles(features, SCALE_TILE["BLOCK_D"])
+    # Four programs on a processor, so that their sums, added up in one order, are few however many tokens there are.
+    groups = min(count_tiles(tokens, block_t), count_tiles(4 * device.processors_of(grad.device), tiles_d))
+    chunk = count_tiles(tokens, groups * block_t) * block_t
+    scaled = torch.empty((tokens, features), dtype=grad.dtype, device=grad.device)
+    rows = 0 if y0 is None else groups
+    sums = torch.empty((rows, features), dtype=torch.float32, device=grad.device)
+    stride_b = 0 if bias is None else bias.stride(0)
+    with torch.cuda.device_of(grad):
+        scale_bwd_kernel[(groups, tiles_d)](
+            grad, y0, bias, scale, scaled, sums, tokens, features, chunk, *grad.stride(), stride_b, scale.stride(0),
+            **SCALE_TILE,
+        )  # fmt: skip
+    return scaled, scale.new_empty((0, 1)) if y0 is None else sums.sum(0).unsqueeze(1)
+
+
+def boft_fwd(
+    x: torch.Tensor,  # (T, in)
+    weight: torch.Tensor,  # (out, in)
+    bias: torch.Tensor | None,  # (out,)
+    blocks: torch.Tensor,  # (m, in / b, b, b), float32
+    scale: torch.Tensor,  # (out, 1), float32
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = (x R Wᵀ) ⊙ s + b in x's dtype, and x R Wᵀ + b where it is to be kept, else no rows; any strides."""
+    check_dtypes(weight=weight, bias=bias)
+    check_float32(scale=scale)
+    y0 = F.linear(butterfly_fwd(x, blocks), weight, bias)
+    y = torch.empty_like(y0) if keep else y0
+    if y0.numel():
+        scale_fwd(y0, bias, scale, y)
+    return y, y0 if keep else y0.new_empty((0, y0.shape[1]))
+
+
+def boft_bwd(
+    grad: torch.Tensor,  # (T, out)
+    x: torch.Tensor,  # (T, in)
+    weight: torch.Tensor,  # (out, in)
+    bias: torch.Tensor | None,  # (out,)
+    blocks: torch.Tensor,  # (m, in / b, b, b), float32
+    scale: torch.Tensor,  # (out, 1), float32
+    y0: torch.Tensor | None,  # (T, out)
+    need_x: bool,
+    need_blocks: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (T, in), (m, in / b, b, b), (out, 1)
+    """Gradients of x, blocks and scale, the last if y0 is given; any strides. What is not needed has no rows."""
+    check_dtypes(weight=weight, bias=bias, y0=y0)
+    check_float32(scale=scale)
+    if grad.numel():
+        scaled, dscale = scale_bwd(grad, None if y0 is None else y0.contiguous(), bias, scale)
+    else:
+        scaled, dscale = grad, scale.new_zeros((0 if y0 is None else len(scale), 1))
+    rotated = scaled @ weight if need_x or need_blocks else x
+    return *butterfly_bwd(rotated, x, blocks, need_x, need_blocks), dscale
 
 
 def cayley_config(matrices: torch.Tensor) -> tuple[dict[str, int], int, int]:

@@ -28,6 +28,14 @@ def to_bfloat16(x):
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 to dtype, to nearest even."""
+    if dtype == tl.bfloat16:
+        return to_bfloat16(x)
+    return x.to(dtype)
+
+
+@triton.jit
 def bfloat16_parts(x):
     """x = high + middle + low: three times 8 bits are float32's 24, and the exponents are the same.
 

@@ -234,6 +234,49 @@ def test_a_block_size_that_cayley_does_not_take():
 
 
 # ------------------------------------------------------------------------------------------------
+# The scale
+# ------------------------------------------------------------------------------------------------
+
+
+def scaled_exactly(y0, bias, scale):
+    y0, bias, scale = (None if t is None else t.double() for t in (y0, bias, scale))
+    bias = torch.zeros(()) if bias is None else bias
+    return (y0 - bias) * scale.squeeze(1) + bias
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 5), (70, 130), (3, 257), (4200, 70)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale(dtype, shape, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    y0, grad = (torch.randn(*shape, generator=generator).to(DTYPES[dtype]) for _ in range(2))
+    bias = torch.randn(2 * shape[1], generator=generator).to(DTYPES[dtype])[::2] if with_bias else None
+    scale = 1 + torch.randn(shape[1], 3, generator=generator)[:, 1:2]
+    y = torch.empty_like(y0)
+    kernel.scale_fwd(y0, bias, scale, y)
+    found = (y, *kernel.scale_bwd(grad.T.contiguous().T, y0, bias, scale))
+    wide = scale.double().requires_grad_()
+    leaf = y0.double().requires_grad_()
+    expected_y = scaled_exactly(leaf, bias, wide)
+    expected = (expected_y.detach(), *torch.autograd.grad(expected_y, (leaf, wide), grad.double()))
+    composed = ops.scale_rows(y0, scale, bias)
+    bounds = errors((composed, (grad * scale.squeeze(1)).to(grad.dtype)), expected[:2])
+    plain = grad.float() * (y0.float() - (0.0 if bias is None else bias.float()))
+    bounds += errors((plain.sum(0).unsqueeze(1),), expected[2:])
+    for error, bound in zip(errors(found, expected), bounds, strict=True):
+        assert error <= 2 * max(bound, 2**-24)
+    assert kernel.scale_bwd(grad, None, bias, scale)[1].shape == (0, 1)
+    assert torch.equal(kernel.scale_bwd(grad, None, bias, scale)[0], found[1])
+
+
+def test_a_scale_of_one_changes_nothing():
+    y0, bias = torch.randn(19, 40).bfloat16(), torch.randn(40).bfloat16()
+    y = y0.clone()
+    kernel.scale_fwd(y, bias, torch.ones(40, 1), y)
+    assert torch.equal(y, y0)
+
+
+# ------------------------------------------------------------------------------------------------
 # As a backend
 # ------------------------------------------------------------------------------------------------
 
@@ -247,7 +290,7 @@ def launched(monkeypatch):
         launcher = getattr(kernel, name)
         return lambda *args: names.append(name) or launcher(*args)
 
-    for name in ("butterfly_fwd", "butterfly_bwd", "cayley_fwd", "cayley_bwd"):
+    for name in ("butterfly_fwd", "butterfly_bwd", "cayley_fwd", "cayley_bwd", "scale_fwd", "scale_bwd"):
         monkeypatch.setattr(kernel, name, noting(name))
     return names
 
@@ -275,7 +318,7 @@ def gradients(backend, tensors):
 def test_a_whole_layer(dtype, launched):
     tensors = layer(DTYPES[dtype])
     found = gradients("triton", tensors)
-    assert launched == ["cayley_fwd", "butterfly_fwd", "butterfly_bwd", "cayley_bwd"]
+    assert launched == ["cayley_fwd", "butterfly_fwd", "scale_fwd", "scale_bwd", "butterfly_bwd", "cayley_bwd"]
     expected = gradients("reference", [t.double() for t in tensors])
     bounds = errors(gradients("torch", tensors), expected)
     for got, error, bound, leaf in zip(found, errors(found, expected), bounds, tensors, strict=False):
@@ -289,7 +332,8 @@ def test_blocks_at_hand_without_gradients(launched):
         y = ops.rotated_linear(x, weight, bias, blocks, boft_s)
         assert torch.equal(y, ops.apply_boft(x, weight, bias, boft_R, boft_s))
         assert fastpeft.functional.butterfly(x[:, :0], blocks).shape == (2, 0, 24)
-    assert launched == ["cayley_fwd", "butterfly_fwd", "cayley_fwd", "butterfly_fwd", "butterfly_fwd"]
+    whole = ["cayley_fwd", "butterfly_fwd", "scale_fwd"]
+    assert launched == [*whole, *whole, "butterfly_fwd"]
 
 
 def test_gradient_of_x_alone(launched):
@@ -313,6 +357,12 @@ def test_opcheck():
     torch.library.opcheck(library.butterfly_fwd, (x, blocks))
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(library.butterfly_bwd, (grad, x, blocks, *needs))
+    weight, bias, scale = torch.randn(10, 24), torch.randn(10), torch.randn(10, 1)
+    for keep in (True, False):
+        torch.library.opcheck(library.boft_fwd, (x, weight, bias, blocks, scale, keep))
+    for y0, *needs in ((None, True, True), (torch.randn(17, 10), True, False), (torch.randn(17, 10), False, False)):
+        grad = torch.randn(17, 10)
+        torch.library.opcheck(library.boft_bwd, (grad, x, weight, bias, blocks, scale, y0, *needs))
     torch.library.opcheck(library.cayley_fwd, (blocks,))
     torch.library.opcheck(library.cayley_bwd, (blocks, blocks))
 
@@ -364,6 +414,8 @@ KERNELS = {
         "blocks_bwd_kernel",
         "cayley_fwd_kernel",
         "cayley_bwd_kernel",
+        "scale_fwd_kernel",
+        "scale_bwd_kernel",
     ]
 }
 
@@ -375,6 +427,9 @@ def launch(tokens, features, block, factors, dtype):
     kernel.butterfly_fwd(x, blocks)
     kernel.butterfly_bwd(x, x, blocks, True, True)
     kernel.cayley_bwd(blocks, blocks)
+    y, bias, scale = meta(tokens, features, dtype=DTYPES[dtype]), meta(features, dtype=DTYPES[dtype]), meta(features, 1)
+    kernel.scale_fwd(y, bias, scale, y)
+    kernel.scale_bwd(y, y, bias, scale)
 
 
 @pytest.fixture(scope="module")

@@ -52,19 +52,6 @@ CAYLEY_BWD = Operator(
     dtypes=(torch.float32,),
 )
 
-if triton_available():
-
-    def _in_triton(operator: Operator) -> None:
-        def launch(*args):
-            from fastpeft.kernels import boft  # importing triton takes a second: only where it runs
-
-            return getattr(boft, operator.name)(*args)
-
-        operator.implement_triton(launch)
-
-    for _operator in (BUTTERFLY_FWD, BUTTERFLY_BWD, CAYLEY_FWD, CAYLEY_BWD):
-        _in_triton(_operator)
-
 
 def _boft_fwd_fake(x, weight, bias, blocks, scale, keep):
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -75,7 +62,7 @@ def _boft_fwd_fake(x, weight, bias, blocks, scale, keep):
 BOFT_FWD = Operator(
     "boft_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor blocks, Tensor scale, bool keep) -> (Tensor, Tensor)",
     fake=_boft_fwd_fake,
-    order=("native", "torch"),
+    order=("native", "torch", "triton"),
 )
 
 
@@ -90,8 +77,21 @@ BOFT_BWD = Operator(
     "boft_bwd(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor blocks, Tensor scale, Tensor? y0, bool need_x,"
     " bool need_blocks) -> (Tensor, Tensor, Tensor)",
     fake=_boft_bwd_fake,
-    order=("native", "torch"),
+    order=("native", "torch", "triton"),
 )
+
+if triton_available():
+
+    def _in_triton(operator: Operator) -> None:
+        def launch(*args):
+            from fastpeft.kernels import boft  # importing triton takes a second: only where it runs
+
+            return getattr(boft, operator.name)(*args)
+
+        operator.implement_triton(launch)
+
+    for _operator in (BUTTERFLY_FWD, BUTTERFLY_BWD, CAYLEY_FWD, CAYLEY_BWD, BOFT_FWD, BOFT_BWD):
+        _in_triton(_operator)
 
 
 class CayleyFunction(torch.autograd.Function):
@@ -347,12 +347,12 @@ class BOFTFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, matrices, boft_s, from_R):
+    def forward(ctx, x, weight, bias, matrices, boft_s, from_R, backend):
         need_s = ctx.needs_input_grad[4]
-        blocks = CAYLEY_FWD.call("native", matrices) if from_R else matrices
-        y, y0 = BOFT_FWD.call("native", x, weight, bias, blocks, boft_s, need_s)
+        blocks = CAYLEY_FWD.call(backend, matrices) if from_R else matrices
+        y, y0 = _run(backend, x, weight, bias, blocks, boft_s, need_s)
         ctx.save_for_backward(x, weight, bias, blocks, boft_s, y0 if need_s else None)
-        ctx.from_R = from_R
+        ctx.from_R, ctx.backend = from_R, backend
         return y
 
     @staticmethod
@@ -360,10 +360,27 @@ class BOFTFunction(torch.autograd.Function):
     def backward(ctx, grad):
         need_x, _, _, need_blocks, *_ = ctx.needs_input_grad
         x, weight, bias, blocks, boft_s, y0 = ctx.saved_tensors
-        dx, dblocks, ds = BOFT_BWD.call("native", grad, x, weight, bias, blocks, boft_s, y0, need_x, need_blocks)
+        arguments = (weight, bias, blocks, boft_s, y0, need_x, need_blocks)
+        if ctx.backend == "native":
+            dx, dblocks, ds = BOFT_BWD.call("native", grad, x, *arguments)
+        else:
+            with base.without_autocast(grad):
+                dx, dblocks, ds = BOFT_BWD.call(ctx.backend, base.as_rows(grad), base.as_rows(x), *arguments)
+            dx = base.like_rows(dx, grad) if need_x else None
         if ctx.from_R and need_blocks:
-            dblocks = CAYLEY_BWD.call("native", dblocks, blocks)
-        return dx if need_x else None, None, None, dblocks if need_blocks else None, None if y0 is None else ds, None
+            dblocks = CAYLEY_BWD.call(ctx.backend, dblocks, blocks)
+        return (
+            dx if need_x else None, None, None, dblocks if need_blocks else None, None if y0 is None else ds, None, None
+        )  # fmt: skip
+
+
+def _run(
+    backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, boft_s: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    if backend == "native":
+        return BOFT_FWD.call("native", x, weight, bias, blocks, boft_s, keep)
+    y, y0 = BOFT_FWD.call(backend, base.as_rows(x), weight, bias, blocks, boft_s, keep)
+    return base.like_rows(y, x), y0
 
 
 def rotated_linear(
@@ -374,33 +391,41 @@ def rotated_linear(
     boft_s: Tensor,  # (out, 1)
 ) -> Tensor:  # (..., out)
     """y = ((x R) Wᵀ) ⊙ s + b from orthogonal blocks that are at hand."""
-    if _in_one_operator(x, weight, bias, blocks, boft_s):
-        return base.through_autocast(_apply, x, weight, bias, blocks, boft_s, False)
+    if backend := _in_one_operator(x, weight, bias, blocks, boft_s):
+        return base.through_autocast(_apply, x, weight, bias, blocks, boft_s, False, backend)
     return scale_rows(F.linear(apply_butterfly(x, blocks), weight, bias), boft_s, bias)
 
 
 def apply_boft(x: Tensor, weight: Tensor, bias: Tensor | None, boft_R: Tensor, boft_s: Tensor) -> Tensor:
     """boft_linear for arguments that are known to fit."""
-    if _in_one_operator(x, weight, bias, boft_R, boft_s):
-        return base.through_autocast(_apply, x, weight, bias, boft_R, boft_s, True)
+    if backend := _in_one_operator(x, weight, bias, boft_R, boft_s):
+        return base.through_autocast(_apply, x, weight, bias, boft_R, boft_s, True, backend)
     return rotated_linear(x, weight, bias, boft_blocks(boft_R), boft_s)
 
 
-def _in_one_operator(x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Tensor, boft_s: Tensor) -> bool:
-    # Asked of the butterfly first: what it has and the whole layer lacks, as Triton, can be forced too.
-    native = BUTTERFLY_FWD.choose(x, matrices) == "native" and BOFT_FWD.choose(x, matrices) == "native"
-    if boft_s.dtype != matrices.dtype:
-        native = native and BOFT_FWD.choose(x, boft_s) == "native"
-    return native and base.is_frozen(weight, bias)
+def _in_one_operator(x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Tensor, boft_s: Tensor) -> str | None:
+    """The backend that has the whole layer, if the one that is chosen does."""
+    backend = BOFT_FWD.choose(x, matrices)
+    if backend not in ("native", "triton") or not base.is_frozen(weight, bias):
+        return None
+    return backend if boft_s.dtype == matrices.dtype or BOFT_FWD.choose(x, boft_s) == backend else None
 
 
-def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Tensor, boft_s: Tensor, from_R: bool) -> Tensor:
+def _apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    matrices: Tensor,
+    boft_s: Tensor,
+    from_R: bool,
+    backend: str,
+) -> Tensor:
     if matrices.dtype != torch.float32 or boft_s.dtype != torch.float32:
         matrices, boft_s = matrices.float(), boft_s.float()
     if base.needs_autograd(x, matrices, boft_s):
-        return BOFTFunction.apply(x, weight, bias, matrices, boft_s, from_R)
-    blocks = CAYLEY_FWD.call("native", matrices) if from_R else matrices
-    return BOFT_FWD.call("native", x, weight, bias, blocks, boft_s, False)[0]
+        return BOFTFunction.apply(x, weight, bias, matrices, boft_s, from_R, backend)
+    blocks = CAYLEY_FWD.call(backend, matrices) if from_R else matrices
+    return _run(backend, x, weight, bias, blocks, boft_s, False)[0]
 
 
 def boft_linear(
