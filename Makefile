@@ -23,10 +23,16 @@ bench: $(READY)  ## what layers and operators cost: minutes of an idle machine; 
 	$(PY) bench/tax.py --quick $(ARGS)
 	$(PY) -m pytest bench --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 
+# Tests of the CPU lane, of files and of programs would say nothing new there, nor would compiling for absent chips.
+NOT_ON_GPU := native cpu_loops packaging finetune bench cli limits bad_files
+GPU_TESTS = $(filter-out $(NOT_ON_GPU:%=tests/test_%.py),$(wildcard tests/test_*.py))
+
 # With the machine's own Python and torch, and nothing from a network: a CUDA build of torch is no small download.
-gpu:  ## on a machine with a CUDA GPU, torch for CUDA, triton, pytest maybe peft
+# Eight files at a time: what takes long is compiling kernels.
+gpu:  ## on a machine with a CUDA GPU, torch for CUDA, triton, pytest and maybe peft: tests, then the table bench/gpu.md
 	FASTPEFT_CUDA=1 $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation -e .
-	FASTPEFT_TEST_DEVICE=cuda TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/test_kernels_*.py
+	printf '%s\n' $(GPU_TESTS) | FASTPEFT_TEST_DEVICE=cuda TRITON_INTERPRET=0 OMP_NUM_THREADS=2 \
+		xargs -P 8 -n 1 $(PYTHON) -m pytest -q -k "not compiles"
 	$(PYTHON) bench/gpu.py --markdown bench/gpu.md $(ARGS)
 
 lint: $(READY)

@@ -64,3 +64,39 @@ def test_only_what_is_asked_for(method: Method):
     layer.requires_grad_(False)
     layer(leaf).backward(grad)
     assert both.dx is not None and leaf.grad is not None and torch.equal(leaf.grad, both.dx)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_compiled_as_one_graph(method: Method):
+    torch._dynamo.reset()
+    layer, x = adapted(method), randn(19, IN)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_same(run(layer, x, lambda _, x: compiled(x)), run(layer, x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA GPU")
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_captured_in_a_cuda_graph(method: Method):
+    """A training step, replayed on other numbers: nothing in it waits for the host or keeps what the first call saw."""
+    layer = adapted(method, make_linear(dtype=torch.bfloat16)).cuda()
+    x, grad = (randn(19, d, dtype=torch.bfloat16).cuda() for d in (IN, OUT))
+    leaf = x.clone().requires_grad_()
+    wanted = [leaf, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+
+    def step():
+        y = layer(leaf)
+        return y, *torch.autograd.grad(y, wanted, grad)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaf.copy_(randn(19, IN, seed=7))
+        grad.copy_(randn(19, OUT, seed=8))
+    graph.replay()
+    assert all(torch.equal(found, expected) for found, expected in zip(captured, step(), strict=True))
