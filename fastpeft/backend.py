@@ -89,7 +89,7 @@ def triton_available() -> bool:
 def _native_unavailable(op: Operator, x: Tensor) -> str | None:
     if x.dtype not in op.dtypes:
         return f"takes {', '.join(str(dtype) for dtype in op.dtypes)}, not {x.dtype}"
-    if extension is None or not _has_kernel(f"fastpeft::{op.name}", x.device.type):
+    if extension is None or x.device.type not in op.compiled_for:
         return f"no compiled kernel for {x.device.type} tensors (extension {extension_status})"
     return None
 
@@ -105,8 +105,8 @@ def _triton_unavailable(op: Operator, x: Tensor) -> str | None:
 
 
 def _has_kernel(name: str, device: str) -> bool:
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 _UNAVAILABLE: dict[str, Callable[[Operator, Tensor], str | None]] = {
@@ -132,6 +132,7 @@ class Operator:
     order: Sequence[str]
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
     name: str = field(init=False)
+    compiled_for: Sequence[str] = field(init=False, default=())  # devices of the native lane
     _chosen: dict[tuple, str] = field(init=False, default_factory=dict)
     _overloads: dict[str, Callable] = field(init=False, default_factory=dict)
 
@@ -143,6 +144,9 @@ class Operator:
                 torch.library.register_fake(f"{_LIBRARIES[lane].ns}::{self.name}", self.fake, lib=_LIBRARIES[lane])
                 # Looked up once: by name it takes as long as a small kernel.
                 self._overloads[lane] = getattr(getattr(torch.ops, _LIBRARIES[lane].ns), self.name).default
+        if "native" in self.order:
+            # Now, because torch.compile cannot look at the dispatcher when it meets the operator.
+            self.compiled_for = [device for device in ("cpu", "cuda") if _has_kernel(f"fastpeft::{self.name}", device)]
         OPERATORS[self.name] = self
 
     def implement_triton(self, launcher: Callable) -> None:
