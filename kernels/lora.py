@@ -14,7 +14,7 @@ Backward, for g = ∂L/∂y, around the library's product with W:
 
     x (T, in), weight W (out, in), bias b (out,) or None, lora_A A (r, in), lora_B B (out, r)
 
-A and Bᵀ may also be read from pools of shards (see `load_factor`), for MoS, whose launchers are still to come.
+A and Bᵀ may also be read from pools of shards (see `load_factor`), for MoS, whose launchers are in mos.py.
 Sums that are split over programs are left as parts in a workspace and added in a fixed order by one more kernel, so
 that every result is the same bit for bit from run to run.
 """
@@ -37,6 +37,38 @@ def rounded(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+# A and Bᵀ are read by tiles, of a matrix or where its shards lie: row j of the matrix is the shards index[j, :] of a
+# pool, side by side. Where a tile stays in one shard, each of its rows is one row of the pool, and what follows is
+# contiguous, as wide loads and asynchronous copies need it. Elsewhere every element looks its shard up, in L1.
+
+
+@triton.jit
+def load_index(
+    index_ptr,  # (rank, shards), contiguous, int64
+    r,  # (BLOCK_R,), of which there are
+    in_r,
+    shards,
+    BLOCK_L: tl.constexpr,  # all shards, padded
+):  # (BLOCK_L, BLOCK_R), int32: half the registers, and no pool has 2³¹ shards
+    s = tl.arange(0, BLOCK_L)
+    mask = (s < shards)[:, None] & in_r[None, :]
+    return tl.load(index_ptr + (r[None, :] * shards + s[:, None]), mask=mask, other=0).to(tl.int32)
+
+
+# A walk over the shards of A or Bᵀ knows the index by heart, and selects: were it to load the rows of a
+# shard at each step, the pipeline would have to be that much longer, or half as deep for all operands;
+# and in a loop over shards around the walk, all addresses of a pipeline's start would stay in registers.
+# For the same reason it counts its way through the shards: a division has many temporary values.
+@triton.jit
+def rows_in_shard(
+    index,  # (BLOCK_L, BLOCK_R)
+    shard,
+    BLOCK_L: tl.constexpr,
+):  # (BLOCK_R,), int64
+    s = tl.arange(0, BLOCK_L)
+    return tl.sum(tl.where(s[:, None] == shard, index, 0), axis=0).to(tl.int64)
+
+
 @triton.jit
 def load_factor(
     ptr,  # (rank, features), or a pool (n_shards, width)
@@ -45,26 +77,17 @@ def load_factor(
     stride_d,
     shards,
     width,
-    r,  # rows, and
-    in_r,  # which of them exist
+    r,  # rows of the matrix, and
+    row,  # where they are, for a matrix or a tile in one shard
     first,  # the tile's first feature, and
     d,  # 0, 1, 2, …: r and d have two dimensions, in either order, and so the tile has
     mask,
     ONE_SHARD: tl.constexpr,  # no tile crosses from one shard into the next
 ):
-    """A tile of A or of Bᵀ, of a matrix or where its shards lie: row j is the shards index[j, :] side by side.
-
-    Where a tile stays in one shard there is one index for each row, and what follows is contiguous, as wide loads and
-    asynchronous copies need it. Elsewhere every element looks its shard up, in L1.
-    """
-    row, column = r, first + d
-    if index_ptr is not None:
-        if ONE_SHARD:
-            row = tl.load(index_ptr + r * shards + first // width, mask=in_r, other=0)
-            column = first % width + d
-        else:
-            row = tl.load(index_ptr + r * shards + column // width, mask=mask, other=0)
-            column = column % width
+    column = first + d
+    if index_ptr is not None and not ONE_SHARD:
+        row = tl.load(index_ptr + (r * shards + column // width), mask=mask, other=0)
+        column = column % width
     return tl.load(ptr + row * stride_r + column * stride_d, mask=mask, other=0.0)
 
 
@@ -105,9 +128,13 @@ def store_output(
     in_t, in_o, in_r = t < tokens, first_o + o < out_features, r < rank
     if tile_o == 0:
         tl.store(h_ptr + t[:, None] * rank + r[None, :], h, mask=in_t[:, None] & in_r[None, :])
+    width, row, first = out_features // shards, r, first_o
+    if index_B_ptr is not None and ONE_SHARD_O:
+        row = tl.load(index_B_ptr + (r * shards + first_o // width), mask=in_r, other=0)
+        first = tl.multiple_of(first_o % width, BLOCK_O)
     b = load_factor(
-        factor_B_ptr, index_B_ptr, stride_Br, stride_Bo, shards, out_features // shards,
-        r[:, None], in_r[:, None], first_o, o[None, :], in_o[None, :] & in_r[:, None], ONE_SHARD_O,
+        factor_B_ptr, index_B_ptr, stride_Br, stride_Bo, shards, width, r[:, None], row[:, None], first, o[None, :],
+        in_o[None, :] & in_r[:, None], ONE_SHARD_O,
     )  # fmt: skip
     o += first_o
     acc = dot_up(h * scaling, b, acc, exact=y_ptr.dtype.element_ty == tl.float32)
@@ -161,6 +188,7 @@ def lora_fwd_kernel(
     BLOCK_R: tl.constexpr,  # the whole rank, padded
     GROUP_T: tl.constexpr,
     EVEN_I: tl.constexpr,  # BLOCK_I divides in_features: no mask along it
+    BLOCK_L: tl.constexpr,  # all shards, padded
     ONE_SHARD_I: tl.constexpr,
     ONE_SHARD_O: tl.constexpr,
     SPLITS: tl.constexpr,  # programs that share the walk over in_features of one tile
@@ -196,6 +224,10 @@ def lora_fwd_kernel(
     x_ptrs = x_ptr + t[:, None] * stride_xt + (i + begin)[None, :] * stride_xi
     w_ptrs = weight_ptr + o[None, :] * stride_wo + (i + begin)[:, None] * stride_wi
 
+    width, row = in_features // shards, r
+    if index_A_ptr is not None and ONE_SHARD_I:
+        index_A = load_index(index_A_ptr, r, in_r, shards, BLOCK_L)
+        shard, within = begin // width, begin % width
     acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     h = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for start in range(begin, end, BLOCK_I):
@@ -208,9 +240,14 @@ def lora_fwd_kernel(
             x = tl.load(x_ptrs, mask=in_t[:, None] & in_i[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=in_o[None, :] & in_i[:, None], other=0.0)
             in_a = in_r[None, :] & in_i[:, None]
+        first = start
+        if index_A_ptr is not None and ONE_SHARD_I:
+            row, first = rows_in_shard(index_A, shard, BLOCK_L), within
+            shard += (within + BLOCK_I == width).to(tl.int32)
+            within = tl.where(within + BLOCK_I == width, 0, within + BLOCK_I)
         a = load_factor(
-            factor_A_ptr, index_A_ptr, stride_Ar, stride_Ai, shards, in_features // shards,
-            r[None, :], in_r[None, :], start, i[:, None], in_a, ONE_SHARD_I,
+            factor_A_ptr, index_A_ptr, stride_Ar, stride_Ai, shards, width, r[None, :], row[None, :], first, i[:, None],
+            in_a, ONE_SHARD_I,
         )  # fmt: skip
         acc = dot(x, w, acc)
         h = dot_down(x, a, h)
@@ -318,6 +355,7 @@ def lora_fwd_config(
     adapter_dtype: torch.dtype,
     shared_memory: int = SHARED_MEMORY,
     processors: int = PROGRAMS,
+    sharded: bool = False,
 ) -> dict[str, int | bool]:
     """The tile sizes, num_warps and num_stages of `lora_fwd_kernel`, from shapes and dtypes alone.
 
@@ -345,6 +383,10 @@ def lora_fwd_config(
         # processor cover for each other. And below 1024 outputs too much of a wide tile may hang
         # over the edge.
         if wide and (not hopper or split or out_features < 1024):
+            continue
+        # The index of the shards takes registers, of which a wide tile for decode has none to spare
+        # beside a split A where loads take more of them (Ampere), or where x is split as well.
+        if sharded and split and tokens <= 16 and block_o == 64 and (not hopper or dtype == torch.float16):
             continue
         programs = count_tiles(tokens, block_t) * count_tiles(out_features, block_o)
         accumulators = block_t * (block_o + block_r) // (32 * warps)
@@ -406,6 +448,10 @@ class Factor(NamedTuple):
         return 1 if self.index is None else self.index.shape[1]
 
     @property
+    def block_l(self) -> int:
+        return 1 << (self.shards - 1).bit_length()
+
+    @property
     def features(self) -> int:
         return self.rows.shape[1] * self.shards
 
@@ -458,9 +504,11 @@ def low_rank_fwd(
         A.rows.dtype,
         device.shared_memory_of(x.device),
         device.processors_of(x.device),
+        A.index is not None,
     )
     block_i, splits = A.fit(config["BLOCK_I"]), config["SPLITS"]
     config |= {"BLOCK_I": block_i, "EVEN_I": in_features % block_i == 0, "ONE_SHARD_I": A.in_one_shard(block_i)}
+    config["BLOCK_L"] = A.block_l
     config["ONE_SHARD_O"] = B.in_one_shard(config["BLOCK_O"])
     tiles_t = count_tiles(tokens, config["BLOCK_T"])
     tiles_o = count_tiles(out_features, config["BLOCK_O"])
@@ -545,6 +593,7 @@ def lora_bwd_h_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,  # all shards, padded
     ONE_SHARD: tl.constexpr,
 ):
     split = tl.program_id(2)
@@ -552,14 +601,23 @@ def lora_bwd_h_kernel(
     r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     o = tl.arange(0, BLOCK_O).to(tl.int64)
     in_t, in_r = t < tokens, r < rank
+    width, row = out_features // shards, r
+    if index_B_ptr is not None and ONE_SHARD:
+        index_B = load_index(index_B_ptr, r, in_r, shards, BLOCK_L)
+        shard, within = split * chunk // width, split * chunk % width
     acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for start in range(split * chunk, min(split * chunk + chunk, out_features), BLOCK_O):
         in_o = o < out_features - start
         g_ptrs = grad_ptr + t[:, None] * stride_gt + (o + start)[None, :] * stride_go
         g = tl.load(g_ptrs, mask=in_t[:, None] & in_o[None, :], other=0.0)
+        first = start
+        if index_B_ptr is not None and ONE_SHARD:
+            row, first = rows_in_shard(index_B, shard, BLOCK_L), within
+            shard += (within + BLOCK_O == width).to(tl.int32)
+            within = tl.where(within + BLOCK_O == width, 0, within + BLOCK_O)
         b = load_factor(
-            factor_B_ptr, index_B_ptr, stride_Br, stride_Bo, shards, out_features // shards,
-            r[None, :], in_r[None, :], start, o[:, None], in_r[None, :] & in_o[:, None], ONE_SHARD,
+            factor_B_ptr, index_B_ptr, stride_Br, stride_Bo, shards, width, r[None, :], row[None, :], first, o[:, None],
+            in_r[None, :] & in_o[:, None], ONE_SHARD,
         )  # fmt: skip
         acc = dot_down(g, b, acc)
     gB_ptrs = gB_ptr + (split.to(tl.int64) * tokens + t)[:, None] * rank + r[None, :]
@@ -605,9 +663,13 @@ def lora_bwd_x_kernel(
         in_r = r < rank
         gB_ptrs = gB_ptr + t[:, None] * rank + r[None, :]
         gB = tl.load(gB_ptrs, mask=in_t[:, None] & in_r[None, :], other=0.0)
+        width, row, first = in_features // shards, r, first_i
+        if index_A_ptr is not None and ONE_SHARD:
+            row = tl.load(index_A_ptr + (r * shards + first_i // width), mask=in_r, other=0)
+            first = tl.multiple_of(first_i % width, BLOCK_I)
         a = load_factor(
-            factor_A_ptr, index_A_ptr, stride_Ar, stride_Ai, shards, in_features // shards,
-            r[:, None], in_r[:, None], first_i, i[None, :], in_r[:, None] & in_i[None, :], ONE_SHARD,
+            factor_A_ptr, index_A_ptr, stride_Ar, stride_Ai, shards, width, r[:, None], row[:, None], first,
+            i[None, :], in_r[:, None] & in_i[None, :], ONE_SHARD,
         )  # fmt: skip
         acc = dot_up(gB, a, acc, exact=dx_ptr.dtype.element_ty == tl.float32)
     tl.store(dx_ptrs, rounded(acc, dx_ptr.dtype.element_ty), mask=mask)
@@ -717,7 +779,10 @@ def gradient_of_h(
     """gB = s · g B in float32."""
     (tokens, out_features), rank = grad.shape, B.rank
     config = lora_bwd_h_config(tokens, out_features, rank, grad.element_size(), device.processors_of(grad.device))
-    splits, block_o = config.pop("splits"), B.fit(config["BLOCK_O"])
+    splits, block_o = config.pop("splits"), config["BLOCK_O"]
+    if B.index is not None:
+        # The index takes registers beside a tile of B, which 128 outputs in three parts would fill.
+        block_o = B.fit(min(block_o, 64))
     parts = torch.empty((splits, tokens, rank), dtype=torch.float32, device=grad.device)
     with torch.cuda.device_of(grad):
         lora_bwd_h_kernel[(count_tiles(tokens, config["BLOCK_T"]), count_tiles(rank, config["BLOCK_R"]), splits)](
@@ -733,7 +798,7 @@ def gradient_of_h(
             count_tiles(out_features, splits * block_o) * block_o,
             *grad.stride(),
             *B.rows.stride(),
-            **config | {"BLOCK_O": block_o, "ONE_SHARD": B.in_one_shard(block_o)},
+            **config | {"BLOCK_O": block_o, "BLOCK_L": B.block_l, "ONE_SHARD": B.in_one_shard(block_o)},
             num_stages=4,
         )
     return parts[0] if splits == 1 else sum_parts(parts, torch.empty_like(parts[0]))
@@ -749,6 +814,7 @@ def add_gradient_of_x(
     (tokens, rank), in_features, add = gB.shape, A.features, dx is not None
     if dx is None:
         dx = torch.empty((tokens, in_features), dtype=dtype, device=gB.device)
+    # With an index there is nothing to pipeline: the rows of A wait for it, and the rank is rarely more than one turn.
     # Every row of a tile is two whole lines of memory, and 128 threads hold at most 32 numbers each.
     block_t, block_i = 32 if tokens > 16 else 16, A.fit(128 if dx.element_size() == 2 else 64)
     with torch.cuda.device_of(dx):
@@ -768,6 +834,7 @@ def add_gradient_of_x(
             ONE_SHARD=A.in_one_shard(block_i),
             ADD=add,
             num_warps=4,
+            num_stages=3 if A.index is None else 1,
         )
     return dx
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import IN, METHODS, OUT, Method, adapted, assert_same, check, make_linear, randn, run
+from helpers import IN, METHODS, MOS, OUT, Method, adapted, assert_same, check, fill, make_linear, randn, run
+from small_models import check_block
+from torch import nn
 
 import fastpeft
 
@@ -100,3 +102,20 @@ def test_captured_in_a_cuda_graph(method: Method):
         grad.copy_(randn(19, OUT, seed=8))
     graph.replay()
     assert all(torch.equal(found, expected) for found, expected in zip(captured, step(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_that_share_pools(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Their kernels add up one gradient of each pool, without A and B being assembled."""
+    monkeypatch.setattr("fastpeft.ops.mos.assemble", None)
+    model = nn.ModuleList(nn.ModuleDict({"q": make_linear(IN, IN, dtype=dtype, seed=i)}) for i in range(3))
+    fastpeft.adapt(model, MOS.config(r=4, pool_rank=2, private_rank=1))
+    check_block(fill(nn.Sequential(*(part["q"] for part in model))), randn(7, IN, dtype=dtype) / 7**0.5)
+
+
+def test_opcheck_of_mos():
+    x, weight, grad, h = randn(5, 12), randn(8, 12), randn(5, 8), randn(5, 2)
+    pools = randn(3, 6), torch.tensor([[0, 1], [1, 1]]), randn(3, 4), torch.tensor([[2, 0], [2, 2]])
+    torch.library.opcheck(torch.ops.fastpeft_triton.mos_fwd, (x, weight, None, *pools, 0.5))
+    gradients = torch.ones_like(pools[0]), torch.ones_like(pools[2])
+    torch.library.opcheck(torch.ops.fastpeft_triton.mos_bwd_, (*gradients, grad, x, weight, *pools, h, 0.5, True))

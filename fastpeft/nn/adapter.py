@@ -111,5 +111,6 @@ def make_dropout(p: float) -> nn.Module:
     return nn.Dropout(p) if p > 0 else nn.Identity()
 
 
-def dropout_active(dropout: nn.Module) -> bool:
-    return isinstance(dropout, nn.Dropout) and dropout.training
+def dropout_p(dropout: nn.Module) -> float:
+    """The share that is dropped now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0

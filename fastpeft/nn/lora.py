@@ -18,7 +18,7 @@ from fastpeft.config import (
     require_probability,
     value_for,
 )
-from fastpeft.nn.adapter import Adapter, Site, dropout_active, make_dropout, parameter_of
+from fastpeft.nn.adapter import Adapter, Site, dropout_p, make_dropout, parameter_of
 from fastpeft.nn.linear import AdaptedLinear
 from fastpeft.ops.lora import apply_lora
 
@@ -79,11 +79,11 @@ class LoRAAdapter(Adapter):
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dropped = self.dropout(x) if self.dropout_p > 0 and dropout_active(self.dropout) else None
-        return apply_lora(x, weight, bias, *self.matrices(), self.scaling, dropped)
+        p = dropout_p(self.dropout) if self.dropout_p > 0 else 0.0
+        return apply_lora(x, weight, bias, *self.matrices(), self.scaling, p)
 
     def delta(self, x: Tensor) -> Tensor:
-        return apply_lora(self.dropout(x), None, None, *self.matrices(), self.scaling)
+        return apply_lora(x, None, None, *self.matrices(), self.scaling, dropout_p(self.dropout))
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         return parameter_of(self, "lora_A"), parameter_of(self, "lora_B")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastpeft import reference
 from fastpeft.config import MOST_RANK, AdapterConfig, require_bool, require_finite, require_int, require_probability
-from fastpeft.nn.adapter import Adapter, Site, dropout_active, make_dropout, parameter_of
+from fastpeft.nn.adapter import Adapter, Site, dropout_p, make_dropout, parameter_of
 from fastpeft.nn.linear import AdaptedLinear
 from fastpeft.ops.mos import apply_mos, check_index
 
@@ -184,11 +184,11 @@ class MoSAdapter(Adapter):
                 check_index(f"{source}: {key}", tensors[key], adapter.pool_A.shape[0])
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dropped = self.dropout(x) if self.dropout_p > 0 and dropout_active(self.dropout) else None
-        return apply_mos(x, weight, bias, *self.shards(), self.scaling, dropped)
+        p = dropout_p(self.dropout) if self.dropout_p > 0 else 0.0
+        return apply_mos(x, weight, bias, *self.shards(), self.scaling, p)
 
     def delta(self, x: Tensor) -> Tensor:
-        return apply_mos(self.dropout(x), None, None, *self.shards(), self.scaling)
+        return apply_mos(x, None, None, *self.shards(), self.scaling, dropout_p(self.dropout))
 
     def delta_weight(self) -> Tensor:
         return reference.mos.mos_weight(*self.shards(), self.scaling)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,21 +44,42 @@ LORA_BWD = Operator(
     order=("native", "torch", "triton"),
 )
 
+# With dropout of A's input by a generator that counts: the mask is a function of the seed (1,) and of the place, worked
+# out where it is needed, forward and backward, and nowhere kept. Takes x as rows.
+LORA_DROPOUT_FWD = Operator(
+    "lora_dropout_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, Tensor seed,"
+    " float p) -> (Tensor, Tensor)",
+    fake=lambda x, weight, bias, lora_A, lora_B, scaling, seed, p: _lora_fwd_fake(
+        x, weight, bias, lora_A, lora_B, scaling
+    ),
+    order=("torch", "triton"),
+)
+LORA_DROPOUT_BWD = Operator(
+    "lora_dropout_bwd(Tensor grad, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? h, float scaling,"
+    " bool need_x, Tensor seed, float p) -> (Tensor, Tensor, Tensor)",
+    fake=lambda grad, x, weight, lora_A, lora_B, h, scaling, need_x, seed, p: _lora_bwd_fake(
+        grad, x, weight, lora_A, lora_B, h, scaling, need_x
+    ),
+    order=("torch", "triton"),
+)
+
 if triton_available():
 
-    def _lora_fwd_triton(x, weight, bias, lora_A, lora_B, scaling):
+    def _lora_fwd_triton(*args):
         from fastpeft.kernels.lora import lora_fwd  # importing triton takes a second: only where it runs
 
-        return lora_fwd(x, weight, bias, lora_A, lora_B, scaling)
+        return lora_fwd(*args)
 
-    def _lora_bwd_triton(grad, x, weight, lora_A, lora_B, h, scaling, need_x):
+    def _lora_bwd_triton(grad, *rest):
         from fastpeft.kernels.lora import lora_bwd
 
         with base.without_autocast(grad):
-            return lora_bwd(grad, x, weight, lora_A, lora_B, h, scaling, need_x)
+            return lora_bwd(grad, *rest)
 
-    LORA_FWD.implement_triton(_lora_fwd_triton)
-    LORA_BWD.implement_triton(_lora_bwd_triton)
+    for _operator in (LORA_FWD, LORA_DROPOUT_FWD):
+        _operator.implement_triton(_lora_fwd_triton)
+    for _operator in (LORA_BWD, LORA_DROPOUT_BWD):
+        _operator.implement_triton(_lora_bwd_triton)
 
 
 def lora_fwd(
@@ -109,6 +131,26 @@ def lora_bwd(
     return dx, dA, dB
 
 
+class Dropout(NamedTuple):
+    """Of A's input: x as dropout left it, or the probability and what the Triton lane's generator starts from."""
+
+    dropped: Tensor | None = None
+    seed: Tensor | None = None
+    p: float = 0.0
+
+
+NO_DROPOUT = Dropout()
+
+
+def draw_dropout(x: Tensor, p: float, backend: str) -> Dropout:
+    if p == 0:
+        return NO_DROPOUT
+    if backend == "triton":
+        # Drawn on the device, so that a CUDA graph draws another one each time it is replayed.
+        return Dropout(seed=torch.randint(1 << 62, (1,), device=x.device), p=p)
+    return Dropout(dropped=F.dropout(x, p))
+
+
 def _run(
     backend: str,
     x: Tensor,
@@ -117,59 +159,62 @@ def _run(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    dropped: Tensor | None,
+    dropout: Dropout,
 ) -> tuple[Tensor, Tensor]:
+    dropped, seed, p = dropout
     if backend == "native":
         return LORA_FWD.call("native", x, weight, bias, lora_A, lora_B, scaling, dropped)
-    rows = base.as_rows(x)
-    if backend == "torch" or weight is None or dropped is not None:
-        dropped = dropped if dropped is None else base.as_rows(dropped)
-        y, h = lora_fwd(rows, weight, bias, lora_A, lora_B, scaling, dropped)
+    arguments = base.as_rows(x), weight, bias, lora_A, lora_B, scaling
+    if backend == "torch":
+        y, h = lora_fwd(*arguments, dropped if dropped is None else base.as_rows(dropped))
+    elif seed is None:
+        y, h = LORA_FWD.call(backend, *arguments)
     else:
-        y, h = LORA_FWD.call(backend, rows, weight, bias, lora_A, lora_B, scaling)
+        y, h = LORA_DROPOUT_FWD.call(backend, *arguments, seed, p)
     return base.like_rows(y, x), h
 
 
-def _gradients(ctx, grad, x, weight, lora_A, lora_B, h, need_x):
+def _gradients(ctx, grad, x, weight, lora_A, lora_B, seed, h, need_x):
     """Of what A was applied to, of A and of B; with weight what x gets from the base is in the first."""
     if ctx.backend == "native":
         return LORA_BWD.call("native", grad, x, weight, lora_A, lora_B, h, ctx.scaling, need_x)
-    rows, grad_rows = x if x is None else base.as_rows(x), base.as_rows(grad)
-    if ctx.backend == "triton":
-        dx, dA, dB = LORA_BWD.call("triton", grad_rows, rows, weight, lora_A, lora_B, h, ctx.scaling, need_x)
-        return base.like_rows(dx, grad) if need_x else None, dA, dB
-    with base.without_autocast(grad):
-        needs = need_x, x is not None, h is not None
-        dx, dA, dB = lora_bwd(grad_rows, rows, weight, lora_A, lora_B, h, ctx.scaling, needs)
-    return dx if dx is None else base.like_rows(dx, grad), dA, dB
+    arguments = base.as_rows(grad), x if x is None else base.as_rows(x), weight, lora_A, lora_B, h, ctx.scaling
+    if ctx.backend == "torch":
+        with base.without_autocast(grad):
+            dx, dA, dB = lora_bwd(*arguments, (need_x, x is not None, h is not None))
+    elif seed is None:
+        dx, dA, dB = LORA_BWD.call(ctx.backend, *arguments, need_x)
+    else:
+        dx, dA, dB = LORA_DROPOUT_BWD.call(ctx.backend, *arguments, need_x, seed, ctx.p)
+    return dx if dx is None or not need_x else base.like_rows(dx, grad), dA, dB
 
 
 class LoRAFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, backend, dropped):
-        y, h = _run(backend, x, weight, bias, lora_A, lora_B, scaling, dropped)
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, backend, dropped, seed, p):
+        y, h = _run(backend, x, weight, bias, lora_A, lora_B, scaling, Dropout(dropped, seed, p))
         need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
         source = x if dropped is None else dropped
         ctx.save_for_backward(
-            source if need_A else None, weight if need_x else None, lora_A, lora_B, h if need_B else None
+            source if need_A else None, weight if need_x else None, lora_A, lora_B, seed, h if need_B else None
         )
-        ctx.scaling, ctx.backend, ctx.drops = scaling, backend, dropped is not None
+        ctx.scaling, ctx.backend, ctx.drops, ctx.p = scaling, backend, dropped is not None, p
         return y
 
     @staticmethod
     @base.once_differentiable
     def backward(ctx, grad):
-        need_x, _, _, need_A, need_B, _, _, need_dropped = ctx.needs_input_grad
-        source, weight, lora_A, lora_B, h = ctx.saved_tensors
+        need_x, _, _, need_A, need_B, _, _, need_dropped, *_ = ctx.needs_input_grad
+        source, weight, lora_A, lora_B, seed, h = ctx.saved_tensors
         if not ctx.drops:
-            dx, dA, dB = _gradients(ctx, grad, source, weight, lora_A, lora_B, h, need_x)
+            dx, dA, dB = _gradients(ctx, grad, source, weight, lora_A, lora_B, seed, h, need_x)
             ddropped = None
         else:
             dx = base.base_gradient(grad, weight) if need_x else None
-            ddropped, dA, dB = _gradients(ctx, grad, source, None, lora_A, lora_B, h, need_dropped)
+            ddropped, dA, dB = _gradients(ctx, grad, source, None, lora_A, lora_B, seed, h, need_dropped)
         return (
             dx if need_x else None, None, None, dA if need_A else None, dB if need_B else None, None, None,
-            ddropped if need_dropped else None,
+            ddropped if need_dropped else None, None, None,
         )  # fmt: skip
 
 
@@ -218,16 +263,17 @@ def apply_lora(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    dropped: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """lora_linear for arguments that are known to fit; dropped is x as dropout left it for the adapter."""
+    """lora_linear for arguments that are known to fit; of what A is applied to a share of dropout_p is dropped."""
     backend = LORA_FWD.choose(x, lora_A)
     if backend == "reference":
         delta = reference.lora.lora_weight(lora_A, lora_B, scaling)
-        if dropped is None:
+        if dropout_p == 0:
             return base.dense_linear(x, weight, bias, delta)
-        return F.linear(x, weight, bias) + base.dense_linear(dropped, None, None, delta)  # type: ignore[arg-type]
-    return base.through_autocast(_apply, x, weight, bias, lora_A, lora_B, scaling, backend, dropped)
+        y = base.dense_linear(F.dropout(x, dropout_p), None, None, delta)
+        return y if weight is None else F.linear(x, weight, bias) + y
+    return base.through_autocast(_apply, x, weight, bias, lora_A, lora_B, scaling, backend, dropout_p)
 
 
 def _apply(
@@ -238,17 +284,14 @@ def _apply(
     lora_B: Tensor,
     scaling: float,
     backend: str,
-    dropped: Tensor | None,
+    dropout_p: float,
 ) -> Tensor:
     if backend == "native" and lora_A.dtype != torch.float32:
         lora_A, lora_B = lora_A.float(), lora_B.float()
-    if dropped is not None:
-        dropped = dropped.to(x.dtype)  # which autocast may have changed
+    dropout = draw_dropout(x, dropout_p, backend)
     if not base.needs_autograd(x, weight, bias, lora_A, lora_B):
-        return _run(backend, x, weight, bias, lora_A, lora_B, scaling, dropped)[0]
+        return _run(backend, x, weight, bias, lora_A, lora_B, scaling, dropout)[0]
     if base.is_frozen(weight, bias):
-        return LoRAFunction.apply(x, weight, bias, lora_A, lora_B, scaling, backend, dropped)
-    assert weight is not None
-    source = x if dropped is None else dropped
-    delta = LoRAFunction.apply(source, None, None, lora_A, lora_B, scaling, backend, None)
-    return F.linear(x, weight, bias) + delta
+        return LoRAFunction.apply(x, weight, bias, lora_A, lora_B, scaling, backend, *dropout)
+    delta = LoRAFunction.apply(x, None, None, lora_A, lora_B, scaling, backend, *dropout)
+    return F.linear(x, weight, bias) + delta  # type: ignore[arg-type]

@@ -14,16 +14,17 @@ import weakref
 import torch
 from torch import Tensor
 
-from fastpeft.backend import Operator
+from fastpeft.backend import Operator, triton_available
 from fastpeft.ops import base, lora
 
 
 def _mos_fwd_fake(x, weight, bias, pool_A, index_A, pool_B, index_B, scaling, dropped=None):
     lead, (rank, shards) = x.shape[:-1], index_A.shape
-    return x.new_empty(*lead, pool_B.shape[1] * shards), pool_A.new_empty(math.prod(lead), rank)
+    return x.new_empty(*lead, pool_B.shape[1] * shards), x.new_empty(math.prod(lead), rank, dtype=torch.float32)
 
 
-# Returns y (..., out) and h = x Aᵀ (T, r). In the other lanes MoS is LoRA over assembled matrices.
+# Returns y (..., out) and h = x Aᵀ (T, r). Triton takes x as rows, with a weight and without dropout, and stands behind
+# the library composition until it has been measured on a GPU. Elsewhere MoS is LoRA over assembled matrices.
 MOS_FWD = Operator(
     "mos_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor pool_A, Tensor index_A, Tensor pool_B, Tensor index_B,"
     " float scaling, Tensor? dropped=None) -> (Tensor, Tensor)",
@@ -37,13 +38,29 @@ def _mos_bwd_fake(dpool_A, dpool_B, grad, x, weight, pool_A, index_A, pool_B, in
 
 
 # Adds the gradients of the pools into dpool_A (from x) and dpool_B (from h) where they are given. Returns that of x,
-# without rows where it is not needed.
+# without rows where it is not needed. No lane uses atomics: the result is the same bit for bit from run to run.
 MOS_BWD = Operator(
     "mos_bwd_(Tensor(a!)? dpool_A, Tensor(b!)? dpool_B, Tensor grad, Tensor? x, Tensor? weight, Tensor pool_A,"
     " Tensor index_A, Tensor pool_B, Tensor index_B, Tensor? h, float scaling, bool need_x) -> Tensor",
     fake=_mos_bwd_fake,
-    order=("native", "torch"),
+    order=("native", "torch", "triton"),
 )
+
+if triton_available():
+
+    def _mos_fwd_triton(*args):
+        from fastpeft.kernels.mos import mos_fwd  # importing triton takes a second: only where it runs
+
+        return mos_fwd(*args)
+
+    def _mos_bwd_triton(dpool_A, dpool_B, grad, *rest):
+        from fastpeft.kernels.mos import mos_bwd_
+
+        with base.without_autocast(grad):
+            return mos_bwd_(dpool_A, dpool_B, grad, *rest)
+
+    MOS_FWD.implement_triton(_mos_fwd_triton)
+    MOS_BWD.implement_triton(_mos_bwd_triton)
 
 
 class PoolTapFunction(torch.autograd.Function):
@@ -128,24 +145,54 @@ def assemble(pool_A: Tensor, index_A: Tensor, pool_B: Tensor, index_B: Tensor) -
     return ShardsFunction.apply(tap.token, index_A, tap, 0), ShardsFunction.apply(tap.token, index_B, tap, 1)
 
 
+def _run(
+    backend: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pool_A: Tensor,
+    index_A: Tensor,
+    pool_B: Tensor,
+    index_B: Tensor,
+    scaling: float,
+    dropped: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    pools = pool_A, index_A, pool_B, index_B
+    if backend == "native":
+        return MOS_FWD.call("native", x, weight, bias, *pools, scaling, dropped)
+    y, h = MOS_FWD.call(backend, base.as_rows(x), weight, bias, *pools, scaling)
+    return base.like_rows(y, x), h
+
+
+def _gradients(ctx, dpool_A, dpool_B, grad, x, weight, pool_A, index_A, pool_B, index_B, h, need_x):
+    """That of what A was applied to, or None; those of the pools are added in place."""
+    rest = weight, pool_A, index_A, pool_B, index_B, h, ctx.scaling, need_x
+    if ctx.backend == "native":
+        dx = MOS_BWD.call("native", dpool_A, dpool_B, grad, x, *rest)
+        return dx if need_x else None
+    rows, grad_rows = x if x is None else base.as_rows(x), base.as_rows(grad)
+    dx = MOS_BWD.call(ctx.backend, dpool_A, dpool_B, grad_rows, rows, *rest)
+    return base.like_rows(dx, grad) if need_x else None
+
+
 class MoSFunction(torch.autograd.Function):
-    """The whole layer in one compiled operator each way; shards are read, and gradients added, where the pools lie."""
+    """The whole layer in one operator each way; shards are read, and gradients added, where the pools lie."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, token, index_A, index_B, pools, tap, scaling, dropped):
+    def forward(ctx, x, weight, bias, token, index_A, index_B, pools, tap, scaling, backend, dropped):
         pool_A, pool_B = pools
-        y, h = MOS_FWD.call("native", x, weight, bias, pool_A, index_A, pool_B, index_B, scaling, dropped)
+        y, h = _run(backend, x, weight, bias, pool_A, index_A, pool_B, index_B, scaling, dropped)
         source = x if dropped is None else dropped
         source = source if pool_A.requires_grad else None
-        h = h if pool_B.requires_grad else None
-        ctx.save_for_backward(source, weight if ctx.needs_input_grad[0] else None, pool_A, index_A, pool_B, index_B, h)
-        ctx.tap, ctx.scaling, ctx.drops = tap, scaling, dropped is not None
+        kept_weight, kept_h = weight if ctx.needs_input_grad[0] else None, h if pool_B.requires_grad else None
+        ctx.save_for_backward(source, kept_weight, pool_A, index_A, pool_B, index_B, kept_h)
+        ctx.tap, ctx.scaling, ctx.backend, ctx.drops = tap, scaling, backend, dropped is not None
         return y
 
     @staticmethod
     @base.once_differentiable
     def backward(ctx, grad):
-        need_x, need_dropped = ctx.needs_input_grad[0], ctx.needs_input_grad[9]
+        need_x, need_dropped = ctx.needs_input_grad[0], ctx.needs_input_grad[10]
         source, weight, pool_A, index_A, pool_B, index_B, h = ctx.saved_tensors
         dpool_A, dpool_B = (None, None) if ctx.tap is None else ctx.tap.gradients()
         source, h = None if dpool_A is None else source, None if dpool_B is None else h
@@ -153,15 +200,13 @@ class MoSFunction(torch.autograd.Function):
         if ctx.drops:
             dx, weight = base.base_gradient(grad, weight) if need_x else None, None
         need_source = need_dropped if ctx.drops else need_x
-        dsource = MOS_BWD.call(
-            "native", dpool_A, dpool_B, grad, source, weight, pool_A, index_A, pool_B, index_B, h, ctx.scaling,
-            need_source,
-        )  # fmt: skip
-        dsource = dsource if need_source else None
+        dsource = _gradients(
+            ctx, dpool_A, dpool_B, grad, source, weight, pool_A, index_A, pool_B, index_B, h, need_source
+        )
         # As in ShardsFunction, the token's gradient is empty.
         empty = None if ctx.tap is None else grad.new_empty(0)
         dx, ddropped = (dx, dsource) if ctx.drops else (dsource, None)
-        return dx, None, None, empty, None, None, None, None, None, ddropped
+        return dx, None, None, empty, None, None, None, None, None, None, ddropped
 
 
 def mos_linear(
@@ -223,16 +268,20 @@ def apply_mos(
     pool_B: Tensor,
     index_B: Tensor,
     scaling: float,
-    dropped: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """mos_linear for arguments that are known to fit; dropped is x as dropout left it for the adapter."""
-    in_place = (
-        MOS_FWD.choose(x, pool_A) == "native" and pool_A.dtype == torch.float32 and not torch.compiler.is_compiling()
-    )
-    if in_place and base.is_frozen(weight, bias):
-        return base.through_autocast(_apply, x, weight, bias, pool_A, index_A, pool_B, index_B, scaling, dropped)
+    """mos_linear for arguments that are known to fit; of what A is applied to a share of dropout_p is dropped."""
+    backend = MOS_FWD.choose(x, pool_A)
+    in_place = {
+        "native": pool_A.dtype == torch.float32,
+        "triton": weight is not None and dropout_p == 0,
+    }.get(backend, False)
+    if in_place and not torch.compiler.is_compiling() and base.is_frozen(weight, bias):
+        return base.through_autocast(
+            _apply, x, weight, bias, pool_A, index_A, pool_B, index_B, scaling, backend, dropout_p
+        )
     A, B_transposed = assemble(pool_A, index_A, pool_B, index_B)
-    return lora.apply_lora(x, weight, bias, A, B_transposed.T, scaling, dropped)
+    return lora.apply_lora(x, weight, bias, A, B_transposed.T, scaling, dropout_p)
 
 
 def _apply(
@@ -244,16 +293,16 @@ def _apply(
     pool_B: Tensor,
     index_B: Tensor,
     scaling: float,
-    dropped: Tensor | None,
+    backend: str,
+    dropout_p: float,
 ) -> Tensor:
-    if dropped is not None:
-        dropped = dropped.to(x.dtype)  # which autocast may have changed
+    dropped = lora.draw_dropout(x, dropout_p, backend).dropped
     if not base.needs_autograd(x, pool_A, pool_B):
-        return MOS_FWD.call("native", x, weight, bias, pool_A, index_A, pool_B, index_B, scaling, dropped)[0]
+        return _run(backend, x, weight, bias, pool_A, index_A, pool_B, index_B, scaling, dropped)[0]
     pools = pool_A, pool_B
     tap = pool_tap(pools) if pool_A.requires_grad or pool_B.requires_grad else None
     token = None if tap is None else tap.token
-    return MoSFunction.apply(x, weight, bias, token, index_A, index_B, pools, tap, scaling, dropped)
+    return MoSFunction.apply(x, weight, bias, token, index_A, index_B, pools, tap, scaling, backend, dropped)
 
 
 def check_index(name: str, index: Tensor, n_shards: int) -> None:
