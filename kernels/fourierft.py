@@ -16,15 +16,17 @@ grad to bins of x.
 
 Where the bytes go, for every token: with 16-bit x and y, the conversion and the transform of x move 14 · in bytes,
 the kernel here 4 · (in + out), and the transform back and the sum 24 · out, of which 8 are PyTorch's copy of the
-spectrum before each inverse transform.
+spectrum before each inverse transform. Where both sizes are products of two small ones, kernels/dft.py does all of it
+in one pass over x and y, 2 · in + 4 · out bytes.
 """
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fastpeft.kernels import device
+from fastpeft.kernels import device, tuning
 from fastpeft.kernels.device import check_dtypes, count_tiles
+from fastpeft.kernels.dft import dft_bwd, dft_fwd, dft_pays
 
 
 # Kernels see complex64 as 64-bit words: one load for both parts of a bin, where addresses are scattered and the number
@@ -210,6 +212,8 @@ def mix_fwd(
     target_bins = target_length // 2 + 1
     target = torch.empty((tokens, target_bins), dtype=torch.complex64, device=source.device)
     config = mix_fwd_config(tokens, n, target_length, device.processors_of(source.device))
+    case = target_length, source_length, n
+    config = tuning.settle("mix_fwd", case, tokens, source.device, config, ("BLOCK_T", "num_warps"))
     tiles_t = count_tiles(tokens, config["BLOCK_T"])
     tiles_k = count_tiles(target_bins, config["BLOCK_K"])
     with torch.cuda.device_of(source):  # Triton launches on the current device, wherever source is
@@ -281,6 +285,8 @@ def fourier_fwd(
     y = None if weight is None else F.linear(x, weight, bias)
     if tokens == 0 or spectrum.shape[0] == 0:
         return x.new_zeros(tokens, out_features) if y is None else y
+    if dft_pays(in_features, out_features, spectrum.shape[0], x.dtype, backward=False):
+        return dft_fwd(x, y, spectrum, offsets, sources, entries, scale)
     target = mix_fwd(half_spectrum(x), spectrum, offsets, sources, entries, in_features, scale)
     return add_delta(y, target, out_features, x.dtype)
 
@@ -306,12 +312,21 @@ def fourier_bwd(
         if dx is None:
             dx = grad.new_zeros(tokens if need_x else 0, in_features)
         return dx, spectrum.new_zeros(0 if x is None else spectrum.shape[0])
-    grad_spectrum = half_spectrum(grad)
-    if need_x:
-        target = mix_fwd(grad_spectrum, spectrum, offsets, sources, entries, out_features, scale)
-        dx = add_delta(dx, target, in_features, grad.dtype)
-    else:
+    n, dtype, need_spectrum = spectrum.shape[0], grad.dtype, x is not None
+    x_by_dft = dft_pays(out_features, in_features, n, dtype, backward=False)
+    spectrum_by_dft = dft_pays(in_features, out_features, n, dtype, backward=True)
+    grad_spectrum = None
+    if (need_x and not x_by_dft) or (need_spectrum and not spectrum_by_dft):
+        grad_spectrum = half_spectrum(grad)
+    if not need_x:
         dx = grad.new_empty(0, in_features)
-    if x is None:
+    elif x_by_dft:
+        dx = dft_fwd(grad, dx, spectrum, offsets, sources, entries, scale)
+    else:
+        target = mix_fwd(grad_spectrum, spectrum, offsets, sources, entries, out_features, scale)
+        dx = add_delta(dx, target, in_features, dtype)
+    if not need_spectrum:
         return dx, spectrum.new_empty(0)
+    if spectrum_by_dft:
+        return dx, dft_bwd(grad, x, rows, cols, scale)
     return dx, mix_bwd(grad_spectrum, half_spectrum(x), rows, cols, (out_features, in_features), scale)
