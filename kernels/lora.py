@@ -1,95 +1,40 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685) on a frozen linear layer.
 
-Forward, in one kernel:
+Forward:
 
     h = x Aᵀ                        (T, r)    float32, kept for the backward
-    y = x Wᵀ + b + s · h Bᵀ         (T, out)  in x's dtype, rounded once
+    y = x Wᵀ + b + s · h Bᵀ         (T, out)  in x's dtype
 
-Backward, for g = ∂L/∂y, around the library's product with W:
+in one kernel where that pays, else in the two kernels of low_rank.py around the library's product with W. Backward, for
+g = ∂L/∂y, always around it:
 
     gB = s · g B                    (T, r)    float32
     dx = g W + gB A                 (T, in)
     dA = gBᵀ x                      (r, in)
     dB = s · gᵀ h                   (out, r)
 
-    x (T, in), weight W (out, in), bias b (out,) or None, lora_A A (r, in), lora_B B (out, r)
+    x (T, in), weight W (out, in) or None, bias b (out,) or None, lora_A A (r, in), lora_B B (out, r)
 
-A and Bᵀ may also be read from pools of shards (see `load_factor`), for MoS, whose launchers are in mos.py.
-Sums that are split over programs are left as parts in a workspace and added in a fixed order by one more kernel, so
-that every result is the same bit for bit from run to run.
+With dropout A is applied to x where `kept` of low_rank.py says so, and the gradients know it by the same rule.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from fastpeft.kernels import device
+from fastpeft.kernels import device, tuning
 from fastpeft.kernels.device import SHARED_MEMORY, check_dtypes, count_tiles
-from fastpeft.kernels.dots import dot, dot_down, dot_up, to_bfloat16
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """float32 to dtype, to nearest even."""
-    if dtype == tl.bfloat16:
-        return to_bfloat16(x)
-    return x.to(dtype)
-
-
-# A and Bᵀ are read by tiles, of a matrix or where its shards lie: row j of the matrix is the shards index[j, :] of a
-# pool, side by side. Where a tile stays in one shard, each of its rows is one row of the pool, and what follows is
-# contiguous, as wide loads and asynchronous copies need it. Elsewhere every element looks its shard up, in L1.
-
-
-@triton.jit
-def load_index(
-    index_ptr,  # (rank, shards), contiguous, int64
-    r,  # (BLOCK_R,), of which there are
-    in_r,
-    shards,
-    BLOCK_L: tl.constexpr,  # all shards, padded
-):  # (BLOCK_L, BLOCK_R), int32: half the registers, and no pool has 2³¹ shards
-    s = tl.arange(0, BLOCK_L)
-    mask = (s < shards)[:, None] & in_r[None, :]
-    return tl.load(index_ptr + (r[None, :] * shards + s[:, None]), mask=mask, other=0).to(tl.int32)
-
-
-# A walk over the shards of A or Bᵀ knows the index by heart, and selects: were it to load the rows of a
-# shard at each step, the pipeline would have to be that much longer, or half as deep for all operands;
-# and in a loop over shards around the walk, all addresses of a pipeline's start would stay in registers.
-# For the same reason it counts its way through the shards: a division has many temporary values.
-@triton.jit
-def rows_in_shard(
-    index,  # (BLOCK_L, BLOCK_R)
-    shard,
-    BLOCK_L: tl.constexpr,
-):  # (BLOCK_R,), int64
-    s = tl.arange(0, BLOCK_L)
-    return tl.sum(tl.where(s[:, None] == shard, index, 0), axis=0).to(tl.int64)
-
-
-@triton.jit
-def load_factor(
-    ptr,  # (rank, features), or a pool (n_shards, width)
-    index_ptr,  # None, or (rank, shards), contiguous, int64
-    stride_r,  # from row to row of the matrix or of the pool
-    stride_d,
-    shards,
-    width,
-    r,  # rows of the matrix, and
-    row,  # where they are, for a matrix or a tile in one shard
-    first,  # the tile's first feature, and
-    d,  # 0, 1, 2, …: r and d have two dimensions, in either order, and so the tile has
-    mask,
-    ONE_SHARD: tl.constexpr,  # no tile crosses from one shard into the next
-):
-    column = first + d
-    if index_ptr is not None and not ONE_SHARD:
-        row = tl.load(index_ptr + (r * shards + column // width), mask=mask, other=0)
-        column = column % width
-    return tl.load(ptr + row * stride_r + column * stride_d, mask=mask, other=0.0)
-
+from fastpeft.kernels.dots import dot, dot_down, dot_up, rounded
+from fastpeft.kernels.low_rank import (
+    NO_DROPOUT,
+    Dropout,
+    Factor,
+    down,
+    load_factor,
+    load_index,
+    outer,
+    rows_in_shard,
+    up,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Forward
@@ -310,6 +255,9 @@ def lora_fwd_sum_kernel(
     )  # fmt: skip
 
 
+# A wider h would take the registers of the accumulators.
+MOST_RANK = 256
+FREE = ("BLOCK_T", "BLOCK_O", "num_warps", "num_stages")  # of the settings: what tuning may change
 # About one program for each processor of the chips aimed at: A100 has 108, H200 132, B200 148.
 PROGRAMS = 120
 
@@ -399,8 +347,6 @@ def lora_fwd_config(
         ):
             break
     else:  # a small problem or a large rank: the last tile
-        if epilogue_bytes > shared_memory:
-            raise ValueError(f"lora_A: rank {rank} does not fit in {shared_memory} bytes")
         while accumulators > most_accumulators and warps < 16:
             warps, accumulators = 2 * warps, accumulators // 2
     # A large rank makes a large tile of A as well: at most 32 numbers of it for each thread.
@@ -433,54 +379,56 @@ def lora_fwd_config(
     }
 
 
-class Factor(NamedTuple):
-    """A, or Bᵀ: a matrix (r, d), or MoS's pool (n_shards, d / l) with its index (r, l)."""
+def fused_pays(tokens: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> bool:
+    """Whether one kernel is to do the whole layer.
 
-    rows: torch.Tensor
-    index: torch.Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.rows.shape[0] if self.index is None else self.index.shape[0]
-
-    @property
-    def shards(self) -> int:
-        return 1 if self.index is None else self.index.shape[1]
-
-    @property
-    def block_l(self) -> int:
-        return 1 << (self.shards - 1).bit_length()
-
-    @property
-    def features(self) -> int:
-        return self.rows.shape[1] * self.shards
-
-    def in_one_shard(self, block: int) -> bool:
-        """Whether no tile of that width crosses from one shard into the next."""
-        return self.index is None or self.rows.shape[1] % block == 0
-
-    def fit(self, block: int) -> int:
-        """The widest tile up to `block` that stays in one shard, or `block` where even the narrowest does not."""
-        narrow = block
-        while narrow > 16 and not self.in_one_shard(narrow):
-            narrow //= 2
-        return narrow if self.in_one_shard(narrow) else block
+    Decode is over when W has come from memory, and h comes along for nothing. Beyond it the kernel multiplies A once
+    for each tile of outputs, which is 12 % more products in bfloat16 and 37 % where A is float32, and is no match for
+    the library's own product on the newest chips. In its place stand three launches and two passes, over x and over y.
+    A launch takes some 2 µs in a CUDA graph: so the one kernel still wins where the product takes up to 25 µs or so.
+    """
+    few = 2e10 if dtype.itemsize == 2 else 1.5e9
+    return rank <= MOST_RANK and (tokens <= 64 or 2 * tokens * out_features * in_features <= few)
 
 
 def lora_fwd(
     x: torch.Tensor,  # (T, in)
-    weight: torch.Tensor,  # (out, in)
+    weight: torch.Tensor | None,  # (out, in)
     bias: torch.Tensor | None,  # (out,)
     lora_A: torch.Tensor,  # (r, in)
     lora_B: torch.Tensor,  # (out, r)
     scaling: float,
+    seed: torch.Tensor | None = None,  # (1,), of dropout
+    p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = x Wᵀ + b + s · h Bᵀ in x's dtype, and h = x Aᵀ in float32; any strides."""
+    """y = x Wᵀ + b + s · h Bᵀ in x's dtype, and h = x Aᵀ in float32; any strides. Without W the delta alone."""
     check_dtypes(x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B)
-    return low_rank_fwd(x, weight, bias, Factor(lora_A), Factor(lora_B.T), scaling)
+    return low_rank_fwd(x, weight, bias, Factor(lora_A), Factor(lora_B.T), scaling, Dropout(seed, p))
 
 
 def low_rank_fwd(
+    x: torch.Tensor,  # (T, in)
+    weight: torch.Tensor | None,  # (out, in)
+    bias: torch.Tensor | None,  # (out,)
+    A: Factor,
+    B: Factor,
+    scaling: float,
+    dropout: Dropout = NO_DROPOUT,
+) -> tuple[torch.Tensor, torch.Tensor]:  # y (T, out), h (T, r)
+    (tokens, in_features), out_features, rank = x.shape, B.features, A.rank
+    if tokens == 0:
+        return x.new_empty((0, out_features)), x.new_empty((0, rank), dtype=torch.float32)
+    if weight is not None and weight.dtype != x.dtype:
+        raise TypeError(f"weight must have x's dtype, {x.dtype}, got {weight.dtype}")
+    if weight is not None and dropout.seed is None and fused_pays(tokens, out_features, in_features, rank, x.dtype):
+        return fused_fwd(x, weight, bias, A, B, scaling)
+    h = down(x, A, 1.0, dropout)
+    y = up(h, B, scaling, bias, x.dtype)
+    # Into what is there: the library reads y while it multiplies, and no other kernel has to pass over it again.
+    return y if weight is None else y.addmm_(x, weight.T), h
+
+
+def fused_fwd(
     x: torch.Tensor,  # (T, in)
     weight: torch.Tensor,  # (out, in)
     bias: torch.Tensor | None,  # (out,)
@@ -488,13 +436,9 @@ def low_rank_fwd(
     B: Factor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # y (T, out), h (T, r)
-    if weight.dtype != x.dtype:
-        raise TypeError(f"weight must have x's dtype, {x.dtype}, got {weight.dtype}")
     (tokens, in_features), out_features, rank = x.shape, B.features, A.rank
     y = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
     h = torch.empty((tokens, rank), dtype=torch.float32, device=x.device)
-    if tokens == 0:
-        return y, h
     config = lora_fwd_config(
         tokens,
         out_features,
@@ -506,6 +450,8 @@ def low_rank_fwd(
         device.processors_of(x.device),
         A.index is not None,
     )
+    case = out_features, in_features, rank, A.shards, x.dtype, A.rows.dtype
+    config = tuning.settle("lora_fwd", case, tokens, x.device, config, FREE)
     block_i, splits = A.fit(config["BLOCK_I"]), config["SPLITS"]
     config |= {"BLOCK_I": block_i, "EVEN_I": in_features % block_i == 0, "ONE_SHARD_I": A.in_one_shard(block_i)}
     config["BLOCK_L"] = A.block_l
@@ -570,356 +516,16 @@ def low_rank_fwd(
 # ------------------------------------------------------------------------------------------------
 
 
-# gB = s · g B. A program owns a tile of tokens and a chunk of outputs; it is one of few where tokens
-# are few, and then the outputs are split and the parts added up by lora_bwd_sum_kernel.
-#
-# Floor: size · T out bytes, g once; 2 T out BLOCK_R p operations, p as in the forward.
-@triton.jit(do_not_specialize=["tokens"])
-def lora_bwd_h_kernel(
-    grad_ptr,  # (tokens, out_features)
-    factor_B_ptr,  # (rank, out_features), or its pool
-    index_B_ptr,  # None, or (rank, shards)
-    gB_ptr,  # (splits, tokens, rank), contiguous, float32
-    scaling,
-    tokens,
-    out_features,
-    rank,
-    shards,
-    chunk,  # of out_features for one split, a multiple of BLOCK_O
-    stride_gt,
-    stride_go,
-    stride_Br,
-    stride_Bo,
-    BLOCK_T: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_L: tl.constexpr,  # all shards, padded
-    ONE_SHARD: tl.constexpr,
-):
-    split = tl.program_id(2)
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    o = tl.arange(0, BLOCK_O).to(tl.int64)
-    in_t, in_r = t < tokens, r < rank
-    width, row = out_features // shards, r
-    if index_B_ptr is not None and ONE_SHARD:
-        index_B = load_index(index_B_ptr, r, in_r, shards, BLOCK_L)
-        shard, within = split * chunk // width, split * chunk % width
-    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    for start in range(split * chunk, min(split * chunk + chunk, out_features), BLOCK_O):
-        in_o = o < out_features - start
-        g_ptrs = grad_ptr + t[:, None] * stride_gt + (o + start)[None, :] * stride_go
-        g = tl.load(g_ptrs, mask=in_t[:, None] & in_o[None, :], other=0.0)
-        first = start
-        if index_B_ptr is not None and ONE_SHARD:
-            row, first = rows_in_shard(index_B, shard, BLOCK_L), within
-            shard += (within + BLOCK_O == width).to(tl.int32)
-            within = tl.where(within + BLOCK_O == width, 0, within + BLOCK_O)
-        b = load_factor(
-            factor_B_ptr, index_B_ptr, stride_Br, stride_Bo, shards, width, r[None, :], row[None, :], first, o[:, None],
-            in_r[None, :] & in_o[:, None], ONE_SHARD,
-        )  # fmt: skip
-        acc = dot_down(g, b, acc)
-    gB_ptrs = gB_ptr + (split.to(tl.int64) * tokens + t)[:, None] * rank + r[None, :]
-    tl.store(gB_ptrs, acc * scaling, mask=in_t[:, None] & in_r[None, :])
-
-
-# dx = g W + gB A, into the library's g W. Not the library's addmm: it wants all its operands in one
-# dtype, so that a float32 A over a 16-bit base, and gB with it, would be rounded or dx widened, and it
-# reads and writes dx just the same.
-#
-# Floor: 2 size · T in bytes, half of it without g W; 2 T in BLOCK_R p operations, p the products that
-# dot_up makes of one.
-@triton.jit(do_not_specialize=["tokens"])
-def lora_bwd_x_kernel(
-    dx_ptr,  # (tokens, in_features), contiguous
-    gB_ptr,  # (tokens, rank), contiguous, float32
-    factor_A_ptr,  # (rank, in_features), or its pool
-    index_A_ptr,  # None, or (rank, shards)
-    tokens,
-    in_features,
-    rank,
-    shards,
-    stride_Ar,
-    stride_Ai,
-    BLOCK_T: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ONE_SHARD: tl.constexpr,
-    ADD: tl.constexpr,  # dx holds g W
-):
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    first_i = tl.program_id(1).to(tl.int64) * BLOCK_I
-    i = tl.arange(0, BLOCK_I).to(tl.int64)
-    in_t, in_i = t < tokens, first_i + i < in_features
-    dx_ptrs = dx_ptr + t[:, None] * in_features + (first_i + i)[None, :]
-    mask = in_t[:, None] & in_i[None, :]
-    if ADD:
-        acc = tl.load(dx_ptrs, mask=mask, other=0.0).to(tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
-    for start in range(0, rank, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R).to(tl.int64)
-        in_r = r < rank
-        gB_ptrs = gB_ptr + t[:, None] * rank + r[None, :]
-        gB = tl.load(gB_ptrs, mask=in_t[:, None] & in_r[None, :], other=0.0)
-        width, row, first = in_features // shards, r, first_i
-        if index_A_ptr is not None and ONE_SHARD:
-            row = tl.load(index_A_ptr + (r * shards + first_i // width), mask=in_r, other=0)
-            first = tl.multiple_of(first_i % width, BLOCK_I)
-        a = load_factor(
-            factor_A_ptr, index_A_ptr, stride_Ar, stride_Ai, shards, width, r[:, None], row[:, None], first,
-            i[None, :], in_r[:, None] & in_i[None, :], ONE_SHARD,
-        )  # fmt: skip
-        acc = dot_up(gB, a, acc, exact=dx_ptr.dtype.element_ty == tl.float32)
-    tl.store(dx_ptrs, rounded(acc, dx_ptr.dtype.element_ty), mask=mask)
-
-
-# s · leftᵀ right, (r, d): dA from gB and x, dB transposed from h and g. A program owns a tile of
-# features and a chunk of tokens. The features are the rows of its accumulator: a tensor core has at
-# least 64 of these (wgmma), and 8 columns will do.
-#
-# Floor: size · T d bytes, right once; 2 T d BLOCK_R p operations; and the parts, 4 · splits · r d bytes
-# each way.
-@triton.jit(do_not_specialize=["tokens", "chunk"])
-def lora_bwd_outer_kernel(
-    left_ptr,  # (tokens, rank)
-    right_ptr,  # (tokens, features)
-    out_ptr,  # (splits, rank, features)
-    scaling,
-    tokens,
-    features,
-    rank,
-    chunk,  # of tokens for one split
-    stride_lt,
-    stride_lr,
-    stride_rt,
-    stride_rd,
-    stride_os,
-    stride_or,
-    stride_od,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    split = tl.program_id(2).to(tl.int64)
-    d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    t = tl.arange(0, BLOCK_T).to(tl.int64)
-    in_d, in_r = d < features, r < rank
-    end = min(split * chunk + chunk, tokens)
-    acc = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
-    for start in range(split * chunk, end, BLOCK_T):
-        token = start + t
-        in_t = token < end
-        right_ptrs = right_ptr + token[None, :] * stride_rt + d[:, None] * stride_rd
-        right = tl.load(right_ptrs, mask=in_d[:, None] & in_t[None, :], other=0.0)
-        left_ptrs = left_ptr + token[:, None] * stride_lt + r[None, :] * stride_lr
-        left = tl.load(left_ptrs, mask=in_t[:, None] & in_r[None, :], other=0.0)
-        acc = dot_down(right, left, acc)
-    out_ptrs = out_ptr + split * stride_os + r[None, :] * stride_or + d[:, None] * stride_od
-    value = rounded(acc * scaling, out_ptr.dtype.element_ty)
-    tl.store(out_ptrs, value, mask=in_d[:, None] & in_r[None, :])
-
-
-# The parts of one matrix, added up in a fixed order. Floor: 4 · splits · rows · columns bytes, which L2
-# has just been given.
-@triton.jit(do_not_specialize=["splits", "rows"])
-def lora_bwd_sum_kernel(
-    parts_ptr,  # (splits, rows, columns), contiguous, float32
-    out_ptr,  # (rows, columns)
-    splits,
-    rows,
-    columns,
-    stride_or,
-    stride_oc,
-    BLOCK_S: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    s = tl.arange(0, BLOCK_S).to(tl.int64)
-    size = tl.full((), 1, tl.int64) * rows * columns
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, splits, BLOCK_S):
-        part_ptrs = parts_ptr + (start + s)[:, None] * size + n[None, :]
-        mask = (start + s < splits)[:, None] & (n < size)[None, :]
-        acc += tl.sum(tl.load(part_ptrs, mask=mask, other=0.0), axis=0)
-    out_ptrs = out_ptr + n // columns * stride_or + n % columns * stride_oc
-    tl.store(out_ptrs, rounded(acc, out_ptr.dtype.element_ty), mask=n < size)
-
-
-def rank_tile(rank: int, most: int) -> int:
-    """A power of two, as Triton's tiles are, from 16, the least that a product takes.
-
-    A rank above `most` takes several programs, or turns of a loop: a wider tile would not fit into registers.
-    """
-    return min(most, max(16, 1 << (rank - 1).bit_length()))
-
-
-def lora_bwd_h_config(tokens: int, out_features: int, rank: int, itemsize: int, processors: int) -> dict[str, int]:
-    """Tiles of `lora_bwd_h_kernel`, and `splits`, which is taken out before the launch.
-
-    Every program reads B, from L2: half as much of it as of g with 32 tokens and a rank of 16. Fewer
-    tokens, down to the least that tensor cores take, where there are not programs for all processors.
-    """
-    block_t = 32 if tokens > 16 and count_tiles(tokens, 32) >= processors else 16
-    block_r = rank_tile(rank, 64)
-    block_o = 128 if itemsize == 2 and block_r <= 32 else 64
-    programs = count_tiles(tokens, block_t) * count_tiles(rank, block_r)
-    # Adding the parts up takes as long as a few steps of the walk: each split keeps eight.
-    splits = max(1, min(processors // programs, count_tiles(out_features, block_o) // 8))
-    return {"BLOCK_T": block_t, "BLOCK_O": block_o, "BLOCK_R": block_r, "splits": splits, "num_warps": 4}
-
-
-def gradient_of_h(
-    grad: torch.Tensor,  # (T, out)
-    B: Factor,
-    scaling: float,
-) -> torch.Tensor:  # (T, r)
-    """gB = s · g B in float32."""
-    (tokens, out_features), rank = grad.shape, B.rank
-    config = lora_bwd_h_config(tokens, out_features, rank, grad.element_size(), device.processors_of(grad.device))
-    splits, block_o = config.pop("splits"), config["BLOCK_O"]
-    if B.index is not None:
-        # The index takes registers beside a tile of B, which 128 outputs in three parts would fill.
-        block_o = B.fit(min(block_o, 64))
-    parts = torch.empty((splits, tokens, rank), dtype=torch.float32, device=grad.device)
-    with torch.cuda.device_of(grad):
-        lora_bwd_h_kernel[(count_tiles(tokens, config["BLOCK_T"]), count_tiles(rank, config["BLOCK_R"]), splits)](
-            grad,
-            B.rows,
-            B.index,
-            parts,
-            float(scaling),
-            tokens,
-            out_features,
-            rank,
-            B.shards,
-            count_tiles(out_features, splits * block_o) * block_o,
-            *grad.stride(),
-            *B.rows.stride(),
-            **config | {"BLOCK_O": block_o, "BLOCK_L": B.block_l, "ONE_SHARD": B.in_one_shard(block_o)},
-            num_stages=4,
-        )
-    return parts[0] if splits == 1 else sum_parts(parts, torch.empty_like(parts[0]))
-
-
-def add_gradient_of_x(
-    dx: torch.Tensor | None,  # g W, (T, in), contiguous; becomes dx
-    gB: torch.Tensor,  # (T, r)
-    A: Factor,
-    dtype: torch.dtype,
-) -> torch.Tensor:  # (T, in)
-    """g W + gB A, or gB A alone."""
-    (tokens, rank), in_features, add = gB.shape, A.features, dx is not None
-    if dx is None:
-        dx = torch.empty((tokens, in_features), dtype=dtype, device=gB.device)
-    # With an index there is nothing to pipeline: the rows of A wait for it, and the rank is rarely more than one turn.
-    # Every row of a tile is two whole lines of memory, and 128 threads hold at most 32 numbers each.
-    block_t, block_i = 32 if tokens > 16 else 16, A.fit(128 if dx.element_size() == 2 else 64)
-    with torch.cuda.device_of(dx):
-        lora_bwd_x_kernel[(count_tiles(tokens, block_t), count_tiles(in_features, block_i))](
-            dx,
-            gB,
-            A.rows,
-            A.index,
-            tokens,
-            in_features,
-            rank,
-            A.shards,
-            *A.rows.stride(),
-            BLOCK_T=block_t,
-            BLOCK_I=block_i,
-            BLOCK_R=rank_tile(rank, 32),
-            ONE_SHARD=A.in_one_shard(block_i),
-            ADD=add,
-            num_warps=4,
-            num_stages=3 if A.index is None else 1,
-        )
-    return dx
-
-
-def lora_bwd_outer_config(tokens: int, features: int, rank: int, itemsize: int, processors: int) -> dict[str, int]:
-    """Tiles of `lora_bwd_outer_kernel`, and `splits`, which is taken out before the launch.
-
-    Two programs for each processor, one of which works while the other waits: so the parts are never
-    more than two accumulators for each processor, 2 MiB at rank 16, however large the layer. A split
-    has at least 256 tokens, or the parts would be as many bytes as the activation.
-    """
-    block_r = rank_tile(rank, 64 if itemsize == 2 else 32)
-    block_d = 64 if features <= 1024 or itemsize == 4 else 128
-    programs = count_tiles(features, block_d) * count_tiles(rank, block_r)
-    return {
-        "BLOCK_T": 64 if itemsize == 2 else 32,
-        "BLOCK_D": block_d,
-        "BLOCK_R": block_r,
-        "splits": max(1, min(2 * processors // programs, tokens // 256)),
-        "num_warps": 4,
-    }
-
-
-def outer_parts(
-    left: torch.Tensor,  # (T, r)
-    right: torch.Tensor,  # (T, d)
-    scaling: float,
-    out: torch.Tensor | None = None,  # (r, d), of any strides
-) -> torch.Tensor | None:  # (splits, r, d), float32
-    """s · leftᵀ right as parts to be added up; straight into `out` where it is given and one part is enough."""
-    (tokens, rank), features = left.shape, right.shape[1]
-    config = lora_bwd_outer_config(tokens, features, rank, right.element_size(), device.processors_of(right.device))
-    splits, block_t = config.pop("splits"), config["BLOCK_T"]
-    if splits > 1 or out is None:
-        parts = torch.empty((splits, rank, features), dtype=torch.float32, device=right.device)
-        target, strides = parts, parts.stride()
-    else:
-        parts, target, strides = None, out, (0, *out.stride())
-    with torch.cuda.device_of(right):
-        lora_bwd_outer_kernel[(count_tiles(features, config["BLOCK_D"]), count_tiles(rank, config["BLOCK_R"]), splits)](
-            left,
-            right,
-            target,
-            float(scaling),
-            tokens,
-            features,
-            rank,
-            count_tiles(tokens, splits * block_t) * block_t,
-            *left.stride(),
-            *right.stride(),
-            *strides,
-            **config,
-            num_stages=3,
-        )
-    return parts
-
-
-def sum_parts(
-    parts: torch.Tensor,  # (splits, rows, columns)
-    out: torch.Tensor,  # (rows, columns), of any strides
-) -> torch.Tensor:
-    splits, rows, columns = parts.shape
-    block = 256
-    with torch.cuda.device_of(out):
-        lora_bwd_sum_kernel[(count_tiles(rows * columns, block),)](
-            parts, out, splits, rows, columns, *out.stride(), BLOCK_S=16, BLOCK=block, num_warps=4
-        )
-    return out
-
-
-def outer(left: torch.Tensor, right: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
-    """out = s · leftᵀ right, (r, d), of any strides."""
-    parts = outer_parts(left, right, scaling, out)
-    if parts is not None:
-        sum_parts(parts, out)
-
-
 def low_rank_dx(
     grad: torch.Tensor,  # (T, out)
     weight: torch.Tensor | None,  # (out, in)
     A: Factor,
     gB: torch.Tensor,  # (T, r)
+    dropout: Dropout = NO_DROPOUT,
 ) -> torch.Tensor:  # (T, in)
-    # The product with W, nearly all of the work, is the library's: nothing could be saved in it but one pass over dx.
-    return add_gradient_of_x(None if weight is None else torch.matmul(grad, weight), gB, A, grad.dtype)
+    """g W + gB A, or gB A alone."""
+    dx = up(gB, A, 1.0, None, grad.dtype, dropout)
+    return dx if weight is None else dx.addmm_(grad, weight)
 
 
 def lora_bwd(
@@ -931,6 +537,8 @@ def lora_bwd(
     h: torch.Tensor | None,  # (T, r)
     scaling: float,
     need_x: bool,
+    seed: torch.Tensor | None = None,  # (1,), of dropout
+    p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx, dA (if x is given) and dB (if h is given); one that is not needed has no rows. Any strides.
 
@@ -944,11 +552,11 @@ def lora_bwd(
     if tokens == 0:
         return dx, dA.zero_(), dB.zero_()
     if need_x or x is not None:
-        gB = gradient_of_h(grad, Factor(lora_B.T), scaling)
+        gB, dropout = down(grad, Factor(lora_B.T), scaling), Dropout(seed, p)
         if need_x:
-            dx = low_rank_dx(grad, weight, Factor(lora_A), gB)
+            dx = low_rank_dx(grad, weight, Factor(lora_A), gB, dropout)
         if x is not None:
-            outer(gB, x, 1.0, dA)
+            outer(gB, x, 1.0, dA, dropout)
     if h is not None:
         outer(h, grad, scaling, dB.T)
     return dx, dA, dB

@@ -1,4 +1,4 @@
-"""MoS (ICLR 2025, arXiv 2410.00938) on a frozen linear layer: LoRA's kernels, A and Bᵀ read where their shards lie.
+"""MoS (ICLR 2025, arXiv 2410.00938) on a frozen linear layer: low-rank products, A and Bᵀ read where their shards lie.
 
     row j of A is   pool_A[index_A[j, 0]], …, pool_A[index_A[j, l − 1]]   side by side, and so is row j of Bᵀ
 
@@ -12,7 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from fastpeft.kernels.device import check_dtypes, count_tiles
-from fastpeft.kernels.lora import Factor, gradient_of_h, low_rank_dx, low_rank_fwd, outer_parts, rounded
+from fastpeft.kernels.dots import rounded
+from fastpeft.kernels.lora import low_rank_dx, low_rank_fwd
+from fastpeft.kernels.low_rank import Factor, down, outer_parts
 
 
 # dpool[index[j, k]] += Σ parts[:, j, shard k]. A program owns a tile of the shard at one place (j, k); it
@@ -126,7 +128,7 @@ def mos_bwd_(
     if grad.shape[0] == 0:
         return dx
     if need_x or dpool_A is not None:
-        gB = gradient_of_h(grad, B, scaling)
+        gB = down(grad, B, scaling)
         if need_x:
             dx = low_rank_dx(grad, weight, A, gB)
         if dpool_A is not None:

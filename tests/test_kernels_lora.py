@@ -225,9 +225,92 @@ def test_weight_of_another_dtype_than_x():
         kernel.lora_fwd(x, weight.to(BF16), bias, lora_A, lora_B, 0.75)
 
 
-def test_a_rank_that_does_not_fit():
-    with pytest.raises(ValueError, match=r"^lora_A: rank 2048 does not fit in 101376 bytes"):
-        kernel.lora_fwd_config(17, 4096, 4096, 2048, BF16, BF16)
+def test_the_library_does_large_products_and_wide_ranks():
+    assert kernel.fused_pays(64, 18944, 3584, 16, BF16) and kernel.fused_pays(512, 384, 1536, 16, BF16)
+    assert not kernel.fused_pays(300, 18944, 3584, 16, BF16) and not kernel.fused_pays(512, 1536, 1536, 16, FP32)
+    assert not kernel.fused_pays(1, 64, 64, 300, BF16)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (7, 40, 24, 300)], ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("pair", PAIRS)
+def test_around_the_library(pair, shape, monkeypatch):
+    monkeypatch.setattr(kernel, "fused_pays", lambda *_: False)
+    draws = [draw(shape, *PAIRS[pair], seed=seed) for seed in range(9)]
+    check(draws[0], draws[1:])
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_delta_alone(pair):
+    x, _, _, lora_A, lora_B = draw((19, 37, 48, 3), *PAIRS[pair])
+    y, h = kernel.lora_fwd(x, None, None, lora_A, lora_B, 0.75)
+    zeros = torch.zeros(48, 37, dtype=x.dtype)
+    want = exact(x, zeros, None, lora_A, lora_B, 0.75)
+    composition = ops.lora_fwd(x, None, None, lora_A, lora_B, 0.75)
+    for got, plain, wanted in zip((y, h), composition, want, strict=True):
+        assert (got.double() - wanted).norm() <= 2 * (plain.double() - wanted).norm().clamp(min=2e-7 * wanted.norm())
+
+
+# ---------------------------------------------------------------------- dropout
+
+
+def mask_of(seed, p, tokens, features):
+    """What the generator leaves of (tokens, features), seen through a product with one."""
+    ones = torch.ones(tokens, 1)
+    return kernel.up(ones, kernel.Factor(torch.ones(1, features)), 1 - p, None, FP32, kernel.Dropout(seed, p))
+
+
+def test_what_dropout_leaves():
+    seed, p = torch.tensor([1234567890123456789]), 0.3
+    mask = mask_of(seed, p, 130, 300)
+    assert set(mask.round(decimals=5).unique().tolist()) == {0.0, 1.0}
+    mask = mask.round()
+    n = mask.numel()
+    assert abs(mask.mean() - 0.7) < 5 * (0.3 * 0.7 / n) ** 0.5
+    assert torch.equal(mask, mask_of(seed, p, 130, 300).round())
+    assert torch.equal(mask[:50, :200], mask_of(seed, p, 50, 200).round())  # of the place alone
+    assert (mask != mask_of(seed + 1, p, 130, 300).round()).float().mean() > 0.3
+    for a, b in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1]), (mask[:, 4:], mask[:, :-4])):
+        assert (
+            abs(((a - 0.7) * (b - 0.7)).mean()) < 5 * 0.21 / a.numel() ** 0.5
+        )  # neighbours know nothing of each other
+
+
+@pytest.mark.parametrize("shape", [(3, 37, 5, 3), (33, 70, 97, 20), (530, 33, 20, 16)], ids=str)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_dropout_forward_and_backward(pair, shape):
+    """Beside the composition on the same mask."""
+    p, seed = 0.4, torch.tensor([99])
+    left = mask_of(seed, p, shape[0], shape[1]).round()
+
+    def both(seeds):
+        for n in seeds:
+            grad, x, weight, lora_A, lora_B, _ = draw_bwd(shape, *PAIRS[pair], seed=n)
+            dropped = (x.double() * left / (1 - p)).to(x.dtype if x.dtype == FP32 else torch.float64)
+            yield grad, x, weight, lora_A, lora_B, dropped
+
+    def wanted(grad, x, weight, lora_A, lora_B, dropped):
+        x, weight, lora_A, lora_B, grad = (t.double() for t in (x, weight, lora_A, lora_B, grad))
+        h = (x * left / (1 - p)) @ lora_A.T
+        gB = 0.75 * grad @ lora_B
+        dx = grad @ weight + (gB @ lora_A) * left / (1 - p)
+        return x @ weight.T + 0.75 * h @ lora_B.T, h, dx, gB.T @ (x * left / (1 - p)), 0.75 * grad.T @ h
+
+    def composed(grad, x, weight, lora_A, lora_B, dropped):
+        rounded = dropped.to(x.dtype)
+        y, h = ops.lora_fwd(x, weight, None, lora_A, lora_B, 0.75, rounded)
+        dh, dA, dB = ops.lora_bwd(grad, rounded, None, lora_A, lora_B, h, 0.75, (True, True, True))
+        return y, h, grad @ weight + (dh * left / (1 - p)).to(grad.dtype), dA, dB
+
+    def relative(found, exact):
+        return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+
+    cases = list(both(range(5)))
+    bounds = [relative(composed(*case), wanted(*case)) for case in cases]
+    grad, x, weight, lora_A, lora_B, _ = cases[0]
+    y, h = kernel.lora_fwd(x, weight, None, lora_A, lora_B, 0.75, seed, p)
+    found = y, h, *kernel.lora_bwd(grad, x, weight, lora_A, lora_B, h, 0.75, True, seed, p)
+    for error, bound in zip(relative(found, wanted(*cases[0])), zip(*bounds, strict=True), strict=True):
+        assert error <= 2 * max(bound)
 
 
 # ---------------------------------------------------------------------- a walk that several programs share
@@ -436,18 +519,23 @@ CASES = [
     (80, "bwd", 512, 3584, 18944, 128, "fp32", "fp32"),
     (100, "bwd", 4096, 4096, 14336, 16, "bf16", "bf16"),
     (100, "bwd", 512, 384, 384, 16, "bf16", "fp32"),
+    # Dropout, forward and backward.
+    (90, "dropout", 4096, 4096, 4096, 16, "bf16", "fp32"),
+    (90, "dropout", 16, 384, 1536, 8, "bf16", "bf16"),
+    (90, "dropout", 512, 384, 384, 16, "fp32", "fp32"),
+    (80, "dropout", 4096, 3584, 18944, 16, "bf16", "fp32"),
+    (100, "dropout", 4096, 4096, 14336, 16, "bf16", "fp32"),
 ]
 
 
 KERNELS = {
-    "lora": [
-        "lora_fwd_kernel",
-        "lora_fwd_sum_kernel",
-        "lora_bwd_h_kernel",
-        "lora_bwd_x_kernel",
-        "lora_bwd_outer_kernel",
-        "lora_bwd_sum_kernel",
-    ]
+    "lora": ["lora_fwd_kernel", "lora_fwd_sum_kernel"],
+    "low_rank": [
+        "low_rank_down_kernel",
+        "low_rank_up_kernel",
+        "low_rank_outer_kernel",
+        "low_rank_sum_kernel",
+    ],
 }
 
 
@@ -455,11 +543,12 @@ def launch(direction, tokens, in_features, out_features, rank, dtype, adapter_dt
     base, adapter = DTYPES[dtype], DTYPES[adapter_dtype]
     x, weight = meta(tokens, in_features, dtype=base), meta(out_features, in_features, dtype=base)
     lora_A, lora_B = meta(rank, in_features, dtype=adapter), meta(out_features, rank, dtype=adapter)
-    if direction == "fwd":
-        kernel.lora_fwd(x, weight, meta(out_features, dtype=base), lora_A, lora_B, 0.75)
-    else:
+    seed, p = (meta(1, dtype=torch.int64), 0.1) if direction == "dropout" else (None, 0.0)
+    if direction != "bwd":
+        kernel.lora_fwd(x, weight, meta(out_features, dtype=base), lora_A, lora_B, 0.75, seed, p)
+    if direction != "fwd":
         grad, h = meta(tokens, out_features, dtype=base), meta(tokens, rank)
-        kernel.lora_bwd(grad, x, weight, lora_A, lora_B, h, 0.75, True)
+        kernel.lora_bwd(grad, x, weight, lora_A, lora_B, h, 0.75, True, seed, p)
 
 
 @pytest.fixture(scope="module")
@@ -475,8 +564,8 @@ def test_compiles(case, compiled):
     for record in compiled[case]:
         config = record["config"]
         # A warp group multiplies 64 rows at least; where tokens are summed over, these are features.
-        rows = config.get("BLOCK_D", config.get("BLOCK_T"))
-        if dtype == "fp32" or record["kernel"] == "lora_bwd_sum_kernel":
+        rows = config.get("BLOCK_D" if record["kernel"] == "low_rank_outer_kernel" else "BLOCK_T")
+        if dtype == "fp32" or rows is None:
             assert record["tensor_cores"] == []  # they would round to tf32
         elif rows < 64 or capability < 90:
             assert record["tensor_cores"] == ["mma.sync"]

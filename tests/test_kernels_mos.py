@@ -260,13 +260,12 @@ CASES = [
     (100, 4096, 14336, 4096, 8, 4, "bf16"),
 ]
 KERNELS = {
-    "lora": [
-        "lora_fwd_kernel",
-        "lora_fwd_sum_kernel",
-        "lora_bwd_h_kernel",
-        "lora_bwd_x_kernel",
-        "lora_bwd_outer_kernel",
-        "lora_bwd_sum_kernel",
+    "lora": ["lora_fwd_kernel", "lora_fwd_sum_kernel"],
+    "low_rank": [
+        "low_rank_down_kernel",
+        "low_rank_up_kernel",
+        "low_rank_outer_kernel",
+        "low_rank_sum_kernel",
     ],
     "mos": ["mos_bwd_pool_kernel"],
 }
@@ -297,7 +296,7 @@ def test_compiles(case, compiled):
     for record in compiled[case]:
         config = record["config"]
         # A warp group multiplies 64 rows at least; where tokens are summed over, these are features.
-        rows = config.get("BLOCK_D", config.get("BLOCK_T"))
+        rows = config.get("BLOCK_D" if record["kernel"] == "low_rank_outer_kernel" else "BLOCK_T")
         if dtype == "fp32" or rows is None:
             assert record["tensor_cores"] == []  # they would round to tf32
         elif rows < 64 or capability < 90:

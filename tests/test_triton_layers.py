@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
-from helpers import IN, METHODS, MOS, OUT, Method, adapted, assert_same, check, fill, make_linear, randn, run
+from helpers import (
+    IN,
+    LORA,
+    METHODS,
+    MOS,
+    OUT,
+    Method,
+    adapted,
+    assert_same,
+    check,
+    fill,
+    make_linear,
+    plain_delta,
+    randn,
+    run,
+)
 from small_models import check_block
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fastpeft
 
 pytest.importorskip("triton")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+from fastpeft.kernels import low_rank
+
+FP32 = torch.float32
+DTYPES = [FP32, torch.bfloat16, torch.float16]
 SHAPES = {"one": (IN,), "rows": (19, IN), "sequences": (3, 7, IN), "none": (0, IN)}
 
 
@@ -66,6 +87,41 @@ def test_only_what_is_asked_for(method: Method):
     layer.requires_grad_(False)
     layer(leaf).backward(grad)
     assert both.dx is not None and leaf.grad is not None and torch.equal(leaf.grad, both.dx)
+
+
+@pytest.mark.parametrize("method", [LORA, MOS], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_without_a_mask(method: Method, dtype: torch.dtype):
+    """What is kept between forward and backward is x, and the gradients belong to the mask that the output had."""
+    p, layer, x = 0.4, adapted(method, make_linear(dtype=dtype), lora_dropout=0.4).train(), randn(19, IN, dtype=dtype)
+    seed = torch.tensor([5])
+    ones = torch.ones(19, 1)
+    mask = low_rank.up(ones, low_rank.Factor(torch.ones(1, IN)), 1 - p, None, FP32, low_rank.Dropout(seed, p)).round()
+
+    def seeded(layer: nn.Module, x: Tensor) -> Tensor:
+        with mock.patch.object(torch, "randint", lambda *_, **__: seed):
+            return layer(x)
+
+    def formula(layer: nn.Module, x: Tensor) -> Tensor:
+        delta = plain_delta(layer.adapters["default"])
+        dropped = x * mask / (1 - p)
+        return F.linear(x, layer.weight, layer.bias) + F.linear(dropped.to(delta.dtype), delta).to(x.dtype)
+
+    check(layer, x, seeded, formula)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x.requires_grad_())
+    assert sum(t.shape == x.shape for t in kept) == 1
+
+
+@pytest.mark.parametrize("method", [LORA, MOS], ids=str)
+def test_dropout_differs_from_call_to_call(method: Method):
+    layer, x = adapted(method, lora_dropout=0.5).train(), randn(33, IN)
+    torch.manual_seed(0)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(0)
+    assert not torch.equal(first, second) and torch.equal(layer(x), first)
+    assert torch.equal(layer.eval()(x), adapted(method)(x))
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
