@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import floors
 import tables
 import torch
 from layers import METHODS, build_fastpeft, build_peft, error_limit, output_error
@@ -35,8 +36,8 @@ import fastpeft
 ROUNDS, ROUND_SECONDS = 15, 2e-3  # a round repeats short calls for so long: an event takes microseconds
 TOKENS = (1, 16, 2048)
 SIZES = ((4096, 4096), (4096, 11008), (384, 384))
+TRITON = "fastpeft, Triton"
 CHOSEN = ("lora-r16", "mos", "boft-b8m4", "fourierft")
-PEAK_OPERATIONS, PEAK_BYTES = 790e12, 4.3e12  # per second, of an H200 in bfloat16: what the floor is worked out with
 
 
 @dataclass
@@ -119,7 +120,7 @@ def contenders(name: str, base: nn.Linear, peft: Any) -> Iterator[tuple[str, nn.
     """Name, layer, formula, and the backend that is forced."""
     layer, formula = build_fastpeft(name, base)
     yield "fastpeft", layer, formula, None
-    yield "fastpeft, Triton", layer, formula, "triton"
+    yield TRITON, layer, formula, "triton"
     if peft is not None and hasattr(peft, METHODS[name].config_class):
         theirs, their_formula = build_peft(name, base, peft)
         yield "PEFT", theirs, their_formula, None
@@ -154,14 +155,6 @@ def measure(
         gc.collect()
 
 
-def floor(size: tuple[int, int], tokens: int) -> str:
-    """Microseconds of the frozen product in bfloat16 at the chip's peaks, and what bounds it."""
-    d_in, d_out = size
-    compute = 2 * tokens * d_in * d_out / PEAK_OPERATIONS
-    memory = 2 * (d_in * d_out + tokens * (d_in + d_out)) / PEAK_BYTES
-    return f"{1e6 * max(compute, memory):.1f} µs, {'operations' if compute > memory else 'bytes'}"
-
-
 def setting(device: torch.device) -> str:
     versions = f"torch {torch.__version__}, {datetime.date.today()}"
     if device.type == "cpu":
@@ -174,10 +167,19 @@ def setting(device: torch.device) -> str:
     return f"- {torch.cuda.get_device_name(device)}, {clocks}, {versions}"
 
 
+COLUMNS = ("layer", "T", "method", "contender", "forward", "floor", "target", "training", "floor", "target")
+
+
 def line_of(row: Row) -> str:
-    layer = f"{row.in_features}→{row.out_features}"
-    taxes = (row.forward, row.training) if row.error <= row.limit else ("wrong", "wrong")
-    return tables.line([layer, str(row.tokens), row.method, row.contender, *taxes])
+    size = row.in_features, row.out_features
+    name = next(name for name, method in METHODS.items() if method.title == row.method)
+    cells = [f"{size[0]}→{size[1]}", str(row.tokens), row.method, row.contender]
+    for training, tax in ((False, row.forward), (True, row.training)):
+        cells.append(tax if row.error <= row.limit else "wrong")
+        own = row.contender == TRITON  # whose kernels are counted
+        cells.append(f"{floors.floor_of(name, size, row.tokens, training):.2f}" if own else "–")
+        cells.append(floors.target_of(name, row.tokens, training))
+    return tables.line(cells)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -204,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     peft = None if arguments.no_peft else find_peft()
     sizes = [(d, d) for d in arguments.widths] if arguments.widths else list(SIZES)
     start, rows, left_out = time.perf_counter(), [], []
-    lines = tables.heading("layer", "T", "method", "contender", "forward", "training")
+    lines = tables.heading(*COLUMNS)
     print(*lines, sep="\n", flush=True)
     for size in sizes:
         for name in arguments.methods:
@@ -215,8 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 lines.append(line_of(row))
                 print(lines[-1], flush=True)
-    floors = ", ".join(f"{a}→{b} T {t}: {floor((a, b), t)}" for a, b in sizes for t in arguments.tokens)
-    notes = ["", setting(device), f"- floor of the frozen product, bfloat16 on an H200: {floors}"]
+    notes = ["", setting(device), "- floor: of the Triton kernels in bfloat16 on an H200, by bench/floors.py"]
     notes += [f"- not reached: {', '.join(left_out)}"] * bool(left_out)
     print(*notes, sep="\n")
     if arguments.markdown:

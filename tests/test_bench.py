@@ -16,6 +16,7 @@ from fastpeft import reference
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
+import floors  # noqa: E402
 import gpu  # noqa: E402
 import layers  # noqa: E402
 import tables  # noqa: E402
@@ -225,8 +226,23 @@ def test_the_gpu_bench_without_a_gpu(capsys):
 
 
 def test_floors():
-    assert gpu.floor((4096, 4096), 1) == "7.8 µs, bytes"
-    assert gpu.floor((4096, 4096), 2048) == "87.0 µs, operations"
+    """Of the frozen product by hand; no kernel without its operations, and none that launches."""
+    assert floors.frozen((4096, 4096), 1, False).seconds == pytest.approx(2 * (4096**2 + 3 * 4096) / 4.3e12)
+    assert floors.frozen((4096, 4096), 2048, False).operations == 2 * 2048 * 4096**2
+    assert floors.frozen((4096, 4096), 2048, True).operations == 2 * 2 * 2048 * 4096**2
+    for name in floors.TARGETS:
+        for tokens in (1, 16, 4096):
+            for training in (False, True):
+                case = (768, 3072), tokens, training
+                base, ours = floors.frozen(*case), floors.adapted(name, *case)
+                assert ours.operations >= base.operations and ours.bytes > base.bytes
+                assert 1 < floors.floor_of(name, *case) < 3
+
+
+def test_floors_are_printed(capsys):
+    assert floors.main(["--sizes", "768x768", "--tokens", "1", "64", "--methods", "lora-r16", "boft-b4m2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and " 1.05 |" in lines[2] and " 1.10 |" in lines[3] and "– |" in lines[4]
 
 
 # ---------------------------------------------------------------------- bench/whole_model.py
