@@ -1,7 +1,8 @@
 // BOFT's Cayley transform (Liu et al., ICLR 2024, arXiv 2311.06243, section 4) and its derivative, one block per lane.
 //
 // Q (I + S) = I - S is solved by elimination without pivoting: the symmetric part of I + S is the identity, so no pivot
-// is below one and none of its factors grows. Cost: 4/3 b^3 multiply-adds forward, 2 b^3 back, of whole vectors.
+// is below one. But factors grow with S, and lose digits: where an entry of S is above one a step of refinement gives
+// them back. Cost: 4/3 b^3 multiply-adds forward, 2 b^3 more to refine, 2 b^3 back, of whole vectors.
 #include "cpu/boft_cayley_loops.h"
 
 #include "cpu/simd.h"
@@ -73,14 +74,48 @@ void take_skew_part(Matrix<kSize> m) {
   }
 }
 
-int64_t scratch_floats(int64_t block) { return 3 * block * block * kLanes; }
+int64_t scratch_floats(int64_t block) { return 4 * block * block * kLanes; }
+
+// m U^-1 L^-1 in place of m, some rows at a time, which do not wait for each other: by U from the left, then by L from
+// the right.
+template <int64_t kSize>
+void solve(Matrix<kSize> lu, Matrix<kSize> m) {
+  const int64_t block = m.size();
+  constexpr int64_t kRows = kTogether<kSize>;
+  for (int64_t i = 0; i < block; i += kRows) {
+    const auto eliminate = [&](int64_t j, int64_t first, int64_t last, Vector scale) {
+      Vector sums[kRows];
+#pragma GCC unroll 8
+      for (int n = 0; n < kRows; ++n) sums[n] = m(i + n, j);
+      for (int64_t k = first; k < last; ++k) {
+#pragma GCC unroll 8
+        for (int n = 0; n < kRows; ++n) sums[n] -= m(i + n, k) * lu(k, j);
+      }
+#pragma GCC unroll 8
+      for (int n = 0; n < kRows; ++n) m(i + n, j) = sums[n] * scale;
+    };
+    for (int64_t j = 0; j < block; ++j) eliminate(j, 0, j, lu(j, j));
+    for (int64_t j = block - 2; j >= 0; --j) eliminate(j, j + 1, block, Vector{} + 1.0f);
+  }
+}
+
+// Whether an entry of any lane is above one.
+template <int64_t kSize>
+bool is_large(Matrix<kSize> m) {
+  Bits large = {};
+  for (int64_t e = 0; e < m.size() * m.size(); ++e) large |= reinterpret_cast<Bits>(m.data[e] * m.data[e] > 1.0f);
+  uint32_t any = 0;
+  for (int lane = 0; lane < kLanes; ++lane) any |= large[lane];
+  return any != 0;
+}
 
 template <int64_t kSize>
 void fwd_size(const float* r, int64_t count, int64_t runtime_block, float* q, float* scratch) {
-  const int64_t block = kSize ? kSize : runtime_block;
-  const Matrix<kSize> lu{reinterpret_cast<Vector*>(scratch), block}, result{lu.data + block * block, block};
+  const int64_t block = kSize ? kSize : runtime_block, entries = block * block;
+  const Matrix<kSize> lu{reinterpret_cast<Vector*>(scratch), block}, result{lu.data + entries, block};
   load_blocks(r, count, lu);
   take_skew_part(lu);
+  const bool refine = is_large(lu);
   for (int64_t i = 0; i < block; ++i) {
     for (int64_t j = 0; j < block; ++j) result(i, j) = -lu(i, j);
     result(i, i) = lu(i, i) = Vector{} + 1.0f;
@@ -93,22 +128,20 @@ void fwd_size(const float* r, int64_t count, int64_t runtime_block, float* q, fl
       for (int64_t j = k + 1; j < block; ++j) lu(i, j) -= factor * lu(k, j);
     }
   }
-  // Q L U = I - S, some rows at a time, which do not wait for each other: by U from the left, then by L from the right.
-  constexpr int64_t kRows = kTogether<kSize>;
-  for (int64_t i = 0; i < block; i += kRows) {
-    const auto eliminate = [&](int64_t j, int64_t first, int64_t last, Vector scale) {
-      Vector sums[kRows];
-#pragma GCC unroll 8
-      for (int n = 0; n < kRows; ++n) sums[n] = result(i + n, j);
-      for (int64_t k = first; k < last; ++k) {
-#pragma GCC unroll 8
-        for (int n = 0; n < kRows; ++n) sums[n] -= result(i + n, k) * lu(k, j);
+  solve(lu, result);
+  if (refine) {
+    const Matrix<kSize> s{result.data + entries, block}, rest{s.data + entries, block};
+    load_blocks(r, count, s);
+    take_skew_part(s);
+    for (int64_t i = 0; i < block; ++i) {  // I - S - Q (I + S)
+      for (int64_t j = 0; j < block; ++j) {
+        Vector sum = (i == j ? 1.0f - result(i, j) : -result(i, j)) - s(i, j);
+        for (int64_t k = 0; k < block; ++k) sum -= result(i, k) * s(k, j);
+        rest(i, j) = sum;
       }
-#pragma GCC unroll 8
-      for (int n = 0; n < kRows; ++n) result(i + n, j) = sums[n] * scale;
-    };
-    for (int64_t j = 0; j < block; ++j) eliminate(j, 0, j, lu(j, j));
-    for (int64_t j = block - 2; j >= 0; --j) eliminate(j, j + 1, block, Vector{} + 1.0f);
+    }
+    solve(lu, rest);
+    for (int64_t e = 0; e < entries; ++e) result.data[e] += rest.data[e];
   }
   store_blocks(result, count, q);
 }

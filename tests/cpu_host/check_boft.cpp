@@ -287,13 +287,15 @@ struct Cayley {
   }
 };
 
-void check_cayley(int64_t count, int64_t block) {
-  const std::string size = " count" + std::to_string(count) + " b" + std::to_string(block);
+// Entries up to `scale`: from one on the solution is refined.
+void check_cayley(int64_t count, int64_t block, float scale) {
+  const std::string size =
+      " count" + std::to_string(count) + " b" + std::to_string(block) + " scale" + std::to_string(scale);
   const int64_t entries = block * block;
   now = "cayley.fwd" + size;
   Buffer r = Buffer::floats("cayley.r", count * entries), q = Buffer::floats("cayley.q", count * entries);
   Buffer scratch = Buffer::scratch("cayley.scratch", loops.cayley.scratch_floats(block));
-  r.fill();
+  r.set([&](int64_t, int64_t) { return scale * uniform(); });
   loops.cayley.fwd(r.floats(), count, block, q.floats(), scratch.floats());
   std::vector<Cayley> wanted;
   for (int64_t k = 0; k < count; ++k) wanted.emplace_back(block_of(r, k, block));
@@ -345,7 +347,8 @@ void check_scale() {
 void check_cayley() {
   const int64_t lanes = loops.cayley.lanes;
   for (const int64_t block : {1, 2, 3, 4, 5, 7, 8, 16, 31, 32}) {
-    for (const int64_t count : {int64_t(1), lanes - 1, lanes}) check_cayley(count, block);
+    for (const int64_t count : {int64_t(1), lanes - 1, lanes})
+      for (float scale : {1.0f, 8.0f}) check_cayley(count, block, scale);
   }
 }
 
