@@ -248,40 +248,39 @@ def blocks_bwd_kernel(
 
 
 @triton.jit
-def load_transposed(blocks_ptr, first, features, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """load_factor of factor 0, each block transposed."""
-    offsets, joined = block_places(first, features, 0, BLOCK, WIDTH)
-    place = (first + tl.arange(0, WIDTH)) % BLOCK
-    turned = offsets + (place[None, :] - place[:, None]) * (BLOCK - 1)
-    return tl.load(blocks_ptr + turned, mask=joined, other=0.0)
+def matrix_places(rows, BLOCK: tl.constexpr, SLOT: tl.constexpr, WIDTH: tl.constexpr):
+    """Where the entries of a program's matrices lie, and which entries of a tile they are.
+
+    The matrices of a tile stand on its diagonal, each in the first corner of its slot, a power of two wide.
+    """
+    i = tl.arange(0, WIDTH)
+    row = (tl.program_id(0).to(tl.int64) * (WIDTH // SLOT) + i // SLOT) * BLOCK + i % SLOT
+    within = (i % SLOT < BLOCK) & (row < rows)
+    mask = (i[:, None] // SLOT == i[None, :] // SLOT) & within[:, None] & within[None, :]
+    return row[:, None] * BLOCK + (i % SLOT)[None, :], mask
 
 
-# (I + S) Q = I − S by Gauss–Jordan elimination on a diagonal of blocks, all at the same step. The symmetric part of
-# I + S is the identity, so a pivot is never below one and no search is needed; but the rows may grow, by as much as
-# |S|, and take digits with them. One step of refinement, Q += (I + S)⁻¹ (I − Q − S (I + Q)) with
-# (I + S)⁻¹ = ½ (I + Q), gives them back and more: for any S the error is below that of a solve with pivots.
-#
 # Floor. Bytes: boft_R and Q once, 8 · b a row. Operations: 8 · WIDTH² for each of b steps and 4 · WIDTH³ to refine, for
 # each WIDTH of rows. What counts is neither but the b steps that wait for each other.
 @triton.jit
 def cayley_fwd_kernel(
     boft_R_ptr,  # (features / BLOCK, BLOCK, BLOCK), contiguous, float32
     q_ptr,  # like boft_R
-    features,
+    rows,  # of all matrices
     BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,  # whole blocks
+    SLOT: tl.constexpr,  # for one matrix
+    WIDTH: tl.constexpr,  # whole slots
 ):
-    first = tl.program_id(0).to(tl.int64) * WIDTH
-    offsets, joined = block_places(first, features, 0, BLOCK, WIDTH)
-    s = tl.load(boft_R_ptr + offsets, mask=joined, other=0.0)
-    s = 0.5 * (s - load_transposed(boft_R_ptr, first, features, BLOCK, WIDTH))
+    offsets, mask = matrix_places(rows, BLOCK, SLOT, WIDTH)
+    s = tl.load(boft_R_ptr + offsets, mask=mask, other=0.0)
+    s = 0.5 * (s - tl.trans(s))
     i = tl.arange(0, WIDTH)
     eye = (i[:, None] == i[None, :]).to(tl.float32)
-    inside = i[:, None] // BLOCK == i[None, :] // BLOCK
+    inside = i[:, None] // SLOT == i[None, :] // SLOT
     a, q = eye + s, eye - s
     for k in range(BLOCK):
         # Rows k of all blocks at once: no column has entries of two blocks, so a sum over the rows picks its own.
-        at_k = i % BLOCK == k
+        at_k = i % SLOT == k
         column = tl.sum(tl.where(at_k[None, :], a, 0.0), axis=1)
         pivot = tl.sum(tl.where(at_k[:, None] & inside, column[:, None], 0.0), axis=0)
         a_row = tl.sum(tl.where(at_k[:, None], a, 0.0), axis=0) / pivot
@@ -293,7 +292,7 @@ def cayley_fwd_kernel(
     p = eye + q
     rest = dot_float32(-s, p, eye - q)
     q = dot_float32(0.5 * p, rest, q)
-    tl.store(q_ptr + offsets, q, mask=joined)
+    tl.store(q_ptr + offsets, q, mask=mask)
 
 
 # dS = −½ Pᵀ G Pᵀ with P = Q + I, as fastpeft/ops/boft.py derives, and dR = ½ (dS − dSᵀ).
@@ -304,18 +303,18 @@ def cayley_bwd_kernel(
     grad_ptr,  # (features / BLOCK, BLOCK, BLOCK), contiguous, float32
     q_ptr,  # like grad
     dR_ptr,  # like grad
-    features,
+    rows,
     BLOCK: tl.constexpr,
+    SLOT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * WIDTH
-    offsets, joined = block_places(first, features, 0, BLOCK, WIDTH)
+    offsets, mask = matrix_places(rows, BLOCK, SLOT, WIDTH)
     i = tl.arange(0, WIDTH)
-    p = load_transposed(q_ptr, first, features, BLOCK, WIDTH) + (i[:, None] == i[None, :]).to(tl.float32)
-    grad = tl.load(grad_ptr + offsets, mask=joined, other=0.0)
+    p = tl.trans(tl.load(q_ptr + offsets, mask=mask, other=0.0)) + (i[:, None] == i[None, :]).to(tl.float32)
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
     zeros = tl.zeros_like(grad)
     ds = dot_float32(dot_float32(p, grad, zeros), p, zeros)
-    tl.store(dR_ptr + offsets, 0.25 * (tl.trans(ds) - ds), mask=joined)
+    tl.store(dR_ptr + offsets, 0.25 * (tl.trans(ds) - ds), mask=mask)
 
 
 # Floor: y0 and y once, 2 · size a number; two operations.
@@ -396,11 +395,8 @@ FREE = ("BLOCK_T", "num_warps", "num_stages")  # of the settings: what tuning ma
 
 def butterfly_fits(features: int, block: int, factors: int) -> bool:
     """Whether these kernels take m = `factors` butterfly factors of block size b = `block`."""
-    return cayley_fits(block) and block << (factors - 1) <= WIDEST and features % (block << (factors - 1)) == 0
-
-
-def cayley_fits(block: int) -> bool:
-    return 2 <= block <= WIDEST and block & (block - 1) == 0
+    window = block << (factors - 1)
+    return block >= 2 and block & (block - 1) == 0 and window <= WIDEST and features % window == 0
 
 
 def tile_width(block: int, factors: int, dtype: torch.dtype) -> int:
@@ -629,12 +625,14 @@ def boft_bwd(
 def cayley_config(matrices: torch.Tensor) -> tuple[dict[str, int], int, int]:
     """Settings of the kernels of the Cayley transform, the rows of all matrices and the programs that share them."""
     block = matrices.shape[-1]
-    if not cayley_fits(block):
-        raise ValueError(f"the block size must be a power of two from 2 to {WIDEST}, got {block}")
-    width = max(block, NARROWEST)
+    if not 1 <= block <= WIDEST:
+        raise ValueError(f"the block size must lie in [1, {WIDEST}], got {block}")
+    slot = 1 << (block - 1).bit_length()
+    width = max(slot, NARROWEST)
     rows = matrices.numel() // block
     # Eight entries of a matrix for each thread; in one warp, for most blocks, no step waits for another warp.
-    return {"BLOCK": block, "WIDTH": width, "num_warps": width * width // 256}, rows, count_tiles(rows, width)
+    settings = {"BLOCK": block, "SLOT": slot, "WIDTH": width, "num_warps": width * width // 256}
+    return settings, rows, count_tiles(rows, width // slot * block)
 
 
 def cayley_fwd(

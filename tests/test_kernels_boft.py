@@ -170,12 +170,12 @@ def test_no_tokens():
 
 
 @pytest.mark.parametrize("scale", [0.01, 1, 100])
-@pytest.mark.parametrize("block", [2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("block", [2, 3, 4, 6, 8, 11, 16, 24, 32, 50, 64])
 def test_cayley(block, scale):
-    # Far from zero its rows grow on the way. Three blocks of 2, 4 and 8 do not fill whole tiles.
+    # Far from zero its rows grow on the way. Seven blocks of up to 8 do not fill whole tiles.
     generator = torch.Generator().manual_seed(block)
-    boft_R = torch.randn(1, 3, block, block, generator=generator) * scale
-    grad = torch.randn(1, 3, block, block, generator=generator)
+    boft_R = torch.randn(1, 7, block, block, generator=generator) * scale
+    grad = torch.randn(1, 7, block, block, generator=generator)
     wide = boft_R.double().requires_grad_()
     q = reference.boft.boft_blocks(wide)
     (dR,) = torch.autograd.grad(q, wide, grad.double())
@@ -190,6 +190,12 @@ def _composed_gradient(grad, q):
     twice = (q + torch.eye(q.shape[-1])).mT
     dskew = twice @ grad @ twice * -0.5
     return (dskew - dskew.mT) / 2
+
+
+def test_cayley_of_single_numbers():
+    boft_R = torch.randn(2, 21, 1, 1)
+    assert torch.equal(kernel.cayley_fwd(boft_R), torch.ones(2, 21, 1, 1))
+    assert not kernel.cayley_bwd(boft_R, torch.ones(2, 21, 1, 1)).any()
 
 
 def test_cayley_takes_any_strides():
@@ -229,8 +235,8 @@ def test_what_does_not_fit_is_refused(shape):
 
 
 def test_a_block_size_that_cayley_does_not_take():
-    with pytest.raises(ValueError, match=r"^the block size must be a power of two from 2 to 64, got 3"):
-        kernel.cayley_fwd(torch.zeros(1, 4, 3, 3))
+    with pytest.raises(ValueError, match=r"^the block size must lie in \[1, 64\], got 65"):
+        kernel.cayley_fwd(torch.zeros(1, 4, 65, 65))
 
 
 # ------------------------------------------------------------------------------------------------
