@@ -1,51 +1,46 @@
-"""The CUDA C++ kernel of the butterfly product, checked without a GPU.
+"""The CUDA C++ kernels of the butterfly product, checked without a GPU.
 
 csrc/cuda/boft.cuh is compiled for the CPU against the stand-ins for CUDA's headers in tests/cuda_host, with
 AddressSanitizer and UndefinedBehaviorSanitizer, and run over awkward shapes. Where there is an nvcc, csrc/cuda/boft.cu
-is compiled for three GPUs, and what ptxas says about registers and spills is checked.
+is compiled for three GPUs, and what ptxas says about registers and spills is checked. What the host compiler is trusted
+with is trusted for a reason: tests/cuda_host/faults.cpp plants mistakes, and each has to be seen.
 """
 
 import json
-import os
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.cpp_extension import include_paths
-
-ROOT = Path(__file__).resolve().parent.parent
-CUDA_HOST = ROOT / "tests" / "cuda_host"
-CXX = shutil.which(os.environ.get("CXX", "g++"))
-NVCC = shutil.which("nvcc")
-
-SM_90_SHARED = 227 << 10  # bytes of shared memory a thread block can have
-SM_80_SHARED = 163 << 10
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-needs_cxx = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+from cuda_build import (
+    ARCHS,
+    DTYPES,
+    SM_80_SHARED,
+    SM_90_SHARED,
+    check_figures,
+    compile_device,
+    has_gpu_kernel,
+    host_builder,
+    needs_cxx,
+    needs_nvcc,
+    read_raw,
+    replayed,
+    write_raw,
+)
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """build(name) compiles tests/cuda_host/<name>.cpp once and returns the program."""
-    folder = tmp_path_factory.mktemp("cuda_host")
+    return host_builder(tmp_path_factory.mktemp("cuda_host"))
 
-    def compile_once(name: str) -> Path:
-        program = folder / name
-        if not program.exists():
-            flags = "-std=c++20 -Og -g1 -Wall -Werror -Wno-unknown-pragmas"
-            sanitizers = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-            includes = [f"-I{CUDA_HOST}", f"-I{ROOT / 'csrc'}"]
-            command = [CXX, *flags.split(), *sanitizers.split(), *includes, CUDA_HOST / f"{name}.cpp", "-o", program]
-            subprocess.run(command, check=True)
-        return program
 
-    return compile_once
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    """Whatever FASTPEFT_TEST_DEVICE says: files are written from there."""
+    with torch.device("cpu"):
+        yield
 
 
 def butterfly(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -119,10 +114,6 @@ def sample(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return x, blocks.float()
 
 
-def write_raw(path: Path, tensor: torch.Tensor) -> None:
-    path.write_bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-
-
 @needs_cxx
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -142,8 +133,7 @@ def test_kernel_matches_float64(build, tmp_path, case, dtype):
     command = [str(part) for part in (build("run_butterfly"), "run", dtype, *numbers, *files)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    y = torch.frombuffer(bytearray((tmp_path / "y").read_bytes() or b"\0\0\0\0"), dtype=x.dtype)
-    y = y[: x.numel()].reshape(x.shape).double()
+    y = read_raw(tmp_path / "y", x.shape, x.dtype).double()
 
     exact = butterfly(x.double(), blocks.double())
     composed = butterfly(x.float(), blocks).to(x.dtype).double()
@@ -151,8 +141,88 @@ def test_kernel_matches_float64(build, tmp_path, case, dtype):
     assert error <= allowed, f"error {error:.3g}, the same-dtype composition is at {allowed / 2:.3g}"
 
 
-def plan(program: Path, dtype: str, tokens: int, features: int, b: int, factors: int, max_shared: int) -> dict:
-    command = [str(part) for part in (program, "plan", dtype, tokens, features, b, factors, max_shared)]
+@dataclass(frozen=True)
+class BwdCase(Case):
+    processors: int = 132
+    need: str = "xb"  # gradients of x, of the blocks
+
+
+BWD_CASES = [
+    BwdCase(1, 8, 2, 1),
+    BwdCase(3, 24, 2, 3),
+    BwdCase(70, 48, 2, 4),  # three tiles of rows
+    BwdCase(33, 104, 4, 1),  # a last tile of one row
+    BwdCase(70, 96, 4, 3, processors=1),  # two thread blocks: sums over the tiles of a group
+    BwdCase(33, 24, 8, 1),
+    BwdCase(70, 96, 8, 2, processors=1),
+    BwdCase(70, 128, 8, 4),  # a group for each tile, and parts to add
+    BwdCase(33, 96, 16, 2),
+    BwdCase(70, 128, 16, 4, processors=1),
+    BwdCase(3, 96, 32, 1),
+    BwdCase(70, 128, 32, 3, processors=1),
+    BwdCase(70, 256, 32, 4, processors=1),  # more sums than two thread blocks can keep
+    BwdCase(3, 4096, 8, 2),  # many tiles side by side
+    BwdCase(1, 4096, 32, 1),
+    BwdCase(3, 384, 8, 2),  # a narrower last tile
+    BwdCase(33, 96, 6, 1),  # no kernel of its own
+    BwdCase(70, 96, 6, 4, processors=1),
+    BwdCase(33, 72, 12, 2),
+    BwdCase(5, 35, 5, 1),  # odd b
+    BwdCase(70, 15, 3, 1),  # parts that are no multiple of 16 bytes
+    BwdCase(9, 128, 8, 5, max_shared=10 << 10, processors=1),  # four rows, and sums in global memory
+    BwdCase(3, 128, 32, 3, max_shared=2 << 10),  # one row
+    BwdCase(33, 96, 8, 2, padding=8),
+    BwdCase(33, 48, 8, 2, padding=3),
+    BwdCase(70, 64, 32, 2, x_offset=1, processors=1),  # dx is aligned and x is not: threads store what others load
+    BwdCase(33, 96, 16, 2, blocks_offset=1, processors=1),
+    BwdCase(70, 96, 8, 2, need="x"),
+    BwdCase(70, 96, 8, 2, need="b"),
+    BwdCase(33, 96, 6, 2, need="x"),
+    BwdCase(33, 96, 6, 2, need="b"),
+]
+
+
+def gradients(x: torch.Tensor, blocks: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x, blocks = x.clone().requires_grad_(), blocks.clone().requires_grad_()
+    return torch.autograd.grad(butterfly(x, blocks), (x, blocks), grad)
+
+
+@needs_cxx
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", BWD_CASES, ids=str)
+def test_gradients_match_float64(build, tmp_path, case, dtype):
+    x, blocks = sample(case, DTYPES[dtype])
+    blocks += 0.1 * blocks.flip(1)  # any blocks will do, not orthogonal ones only
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    row_stride = case.features + case.padding
+    for name, rows in (("x", x), ("grad", grad)):
+        padded = torch.full((case.tokens, row_stride), float("nan"), dtype=x.dtype)
+        padded[:, : case.features] = rows
+        write_raw(tmp_path / name, padded)
+    if "b" not in case.need:
+        write_raw(tmp_path / "x", torch.full((case.tokens, row_stride), float("nan"), dtype=x.dtype))  # not read
+    write_raw(tmp_path / "blocks", blocks)
+    numbers = [case.tokens, case.features, case.b, case.factors, case.max_shared]
+    numbers += [row_stride, case.x_offset, case.blocks_offset, 4]
+    outputs = [tmp_path / name if need in case.need else "-" for name, need in (("dx", "x"), ("dblocks", "b"))]
+    files = [tmp_path / "x", tmp_path / "blocks", case.processors, tmp_path / "grad", *outputs]
+    command = [str(part) for part in (build("run_butterfly"), "bwd", dtype, *numbers, *files)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+    exact = gradients(x.double(), blocks.double(), grad.double())
+    composed = gradients(x.float(), blocks, grad.float())
+    for path, exactly, by_torch, out_dtype in zip(outputs, exact, composed, (x.dtype, torch.float32), strict=True):
+        if path == "-":
+            continue
+        value = read_raw(path, exactly.shape, out_dtype).double()
+        error, allowed = (value - exactly).norm(), 2 * (by_torch.to(out_dtype).double() - exactly).norm()
+        assert error <= allowed, f"{path.name}: error {error:.3g}, the same-dtype composition is at {allowed / 2:.3g}"
+
+
+def plan(program: Path, dtype: str, tokens: int, features: int, b: int, factors: int, max_shared: int, *bwd) -> dict:
+    mode = "plan_bwd" if bwd else "plan"
+    command = [str(part) for part in (program, mode, dtype, tokens, features, b, factors, max_shared, *bwd)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise ValueError(result.stderr)
@@ -178,6 +248,37 @@ def test_plan_covers_x_and_fits(build, tokens, b, factors):
 
 
 @needs_cxx
+@pytest.mark.parametrize("b", [2, 4, 8, 16, 32, 48])
+@pytest.mark.parametrize("factors", [1, 4])
+def test_plan_of_gradients_covers_x_and_fits(build, b, factors):
+    window = b << (factors - 1)
+    for tokens, features, processors, need in ((1, window, 132, 1), (100, 9 * window, 4, 1), (100, 9 * window, 4, 0)):
+        arguments = tokens, features, b, factors, SM_80_SHARED, processors, need
+        shape = plan(build("run_butterfly"), "float16", *arguments)
+        threads = shape["block"][0] * shape["block"][1]
+        assert threads % 32 == 0 and threads <= 256
+        assert 2 * (shape["shared_bytes"] + 1024) <= SM_80_SHARED + 1024  # two thread blocks to a multiprocessor
+        assert shape["features"] % window == 0
+        assert shape["row_stride"] >= shape["features"] and shape["row_stride"] % 4 == 0
+        assert shape["features"] * shape["across"] >= features > shape["features"] * (shape["across"] - 1)
+        assert shape["chunk"] % shape["rows"] == 0 and shape["grid"] == shape["across"] * shape["groups"]
+        assert shape["chunk"] * shape["groups"] >= tokens > shape["chunk"] * (shape["groups"] - 1)
+        if need:
+            assert shape["groups"] <= max(1, 2 * processors // shape["across"])
+
+
+@needs_cxx
+def test_plan_keeps_sums_in_shared_memory_while_two_thread_blocks_fit(build):
+    program = build("run_butterfly")
+    kept = {
+        (b, factors): bool(plan(program, "bfloat16", 4096, 4096, b, factors, SM_90_SHARED, 132, 1)["sums_in_shared"])
+        for b in (2, 4, 8, 16, 32)
+        for factors in (1, 2, 4)
+    }
+    assert [shape for shape, in_shared in kept.items() if not in_shared] == [(32, 4)]
+
+
+@needs_cxx
 @pytest.mark.parametrize("b", [8, 16, 32])
 def test_row_stride_keeps_a_quarter_warp_in_different_banks(build, b):
     shape = plan(build("run_butterfly"), "float32", 1000, 4096, b, 2, SM_90_SHARED)
@@ -197,6 +298,40 @@ def test_plan_takes_one_row_where_no_more_fit(build):
 def test_plan_refuses_a_window_that_does_not_fit(build):
     with pytest.raises(ValueError, match="one row of one window does not fit the shared memory"):
         plan(build("run_butterfly"), "float32", 100, 32768, 8, 13, 99 << 10)
+    with pytest.raises(ValueError, match="one row of one window, and of its gradient, does not fit the shared memory"):
+        plan(build("run_butterfly"), "float32", 100, 32768, 8, 13, SM_90_SHARED, 132, 1)
+
+
+GPU_CASES = [case for case in BWD_CASES if case.max_shared == SM_90_SHARED and case.need == "xb"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*GPU_CASES, BwdCase(4097, 4096, 8, 2), BwdCase(2000, 4096, 32, 4)], ids=str)
+def test_operators_on_a_gpu(case, dtype):
+    if not has_gpu_kernel("butterfly_bwd"):
+        pytest.skip("no GPU, or an extension without kernels for it")
+    x, blocks = sample(case, DTYPES[dtype])
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    exact = butterfly(x.double(), blocks.double()), *gradients(x.double(), blocks.double(), grad.double())
+    composed = butterfly(x.float(), blocks), *gradients(x.float(), blocks, grad.float())
+    ops = torch.ops.fastpeft
+    on_gpu = [torch.nn.functional.pad(rows, (case.x_offset, case.padding)).cuda() for rows in (x, grad)]
+    x, grad = (rows[:, case.x_offset :][:, : case.features] for rows in on_gpu)
+    blocks = blocks.cuda()
+
+    def call():
+        return [ops.butterfly_fwd(x, blocks), *ops.butterfly_bwd(grad, x, blocks, True, True)]
+
+    found = call()
+    for value, exactly, by_torch in zip(found, exact, composed, strict=True):
+        error = (value.cpu().double() - exactly).norm()
+        assert error <= 2 * (by_torch.to(value.dtype).double() - exactly).norm()
+    for again in (call(), replayed(call)):
+        assert all(torch.equal(value, other) for value, other in zip(found, again, strict=True))
+    dx, dblocks = ops.butterfly_bwd(grad[None], x[None], blocks, True, False)
+    assert torch.equal(dx[0], found[1]) and dblocks.shape == (0, *blocks.shape[1:])
+    dx, dblocks = ops.butterfly_bwd(grad[None], x[None], blocks, False, True)
+    assert torch.equal(dblocks, found[2]) and dx.shape == (0, case.features)
 
 
 def run_fault(build, name: str, seed: int) -> subprocess.CompletedProcess:
@@ -209,6 +344,15 @@ def test_emulator_runs_a_correct_kernel(build, seed):
     assert run_fault(build, "none", seed).stdout.split() == [str(i) for i in reversed(range(64))]
     # Threads that have ended need not come to a barrier.
     assert run_fault(build, "early_exit", seed).stdout.split() == [str(i) for i in range(32)] + ["-1"] * 32
+
+
+@needs_cxx
+@pytest.mark.parametrize("seed", range(4))
+def test_emulator_shuffles(build, seed):
+    across = [i ^ 3 for i in range(64)]
+    down = [across[i + 1] if (i + 1) % 32 else across[i] for i in range(64)]
+    expected = [str(down[i] + across[i // 32 * 32]) for i in range(64)]
+    assert run_fault(build, "shuffle", seed).stdout.split() == expected
 
 
 @needs_cxx
@@ -233,6 +377,8 @@ def test_emulator_shows_unwritten_shared_memory(build, seed):
         ("beyond_global", "AddressSanitizer: heap-buffer-overflow"),
         ("diverging_barriers", "cuda_host: deadlock in block (0, 0, 0)"),
         ("split_barrier", "cuda_host: threads meet at different barriers"),
+        ("absent_lane", "cuda_host: a shuffle takes from a thread that is not there"),
+        ("partial_mask", "cuda_host: a shuffle of a part of a warp"),
     ],
 )
 def test_emulator_stops_at(build, name, message, seed):
@@ -242,26 +388,17 @@ def test_emulator_stops_at(build, name, message, seed):
 
 @needs_nvcc
 def test_nvcc_compiles_without_spills(tmp_path):
-    archs = ["80", "90a", "100"]
-    flags = "-std=c++20 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 -Xptxas -v --threads 0 -c".split()
-    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    flags += [f"-I{ROOT / 'csrc'}", *(f"-isystem={path}" for path in include_paths("cpu"))]
-    command = [NVCC, *flags, ROOT / "csrc" / "cuda" / "boft.cu", "-o", tmp_path / "boft.o"]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-    report = result.stdout + result.stderr
-    kernels = re.findall(
-        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?"
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-        r"Used (\d+) registers([^\n]*)",
-        report,
-        re.DOTALL,
-    )
+    kernels = compile_device("boft", tmp_path)
     block_sizes = ["0", "2", "4", "8", "16", "32"]
-    assert len(kernels) == len(archs) * len(DTYPES) * len(block_sizes), report
-    for name, arch, stack, stores, loads, registers, rest in kernels:
-        assert (stack, stores, loads) == ("0", "0", "0"), f"{name} spills on sm_{arch}"
-        assert "smem" not in rest, f"{name} has static shared memory, which the plan does not count"
-        narrow = re.search(r"Li(\d+)E", name)[1] in ("2", "4")
-        assert int(registers) <= (80 if narrow else 128)  # three or two blocks of 256 threads
+    forward = [kernel for kernel in kernels if "butterfly_fwd_kernel" in kernel.name]
+    backward = [kernel for kernel in kernels if "butterfly_bwd_kernel" in kernel.name]
+    assert len(forward) == len(ARCHS) * len(DTYPES) * len(block_sizes)
+    assert len(backward) == len(ARCHS) * len(block_sizes)
+    assert len(kernels) == len(forward) + len(backward) + len(ARCHS)  # and the sum of parts
+    check_figures("boft", kernels)
+    for kernel in kernels:
+        assert kernel.shared == 0, f"{kernel.name} has static shared memory, which the plan does not count"
+        assert kernel.registers <= 128  # two blocks of 256 threads
+    for kernel in forward:
+        narrow = re.search(r"Li(\d+)E", kernel.name)[1] in ("2", "4")
+        assert kernel.registers <= (80 if narrow else 128)  # three or two blocks of 256 threads

@@ -9,6 +9,9 @@
 // product never leaves a window of b*2^(m-1) features: a tile of rows of some windows stays in shared memory, as
 // float32, while all factors are applied, and is rounded once at the end.
 //
+// The way back meets them in the order f = 0, ..., m-1: with z the input of factor f and g the gradient of its output,
+// dQ[f] += z^T g for each block, then g = g Q[f]^T.
+//
 // Raw pointers only, no allocation, no synchronisation with the host. tests/cuda_host compiles this file for a CPU.
 #pragma once
 
@@ -66,35 +69,58 @@ void with_butterfly_kernel_size(int kernel_size, F&& f) {
   }
 }
 
+// Floats from one row of a tile to the next.
+//
+// Threads of a warp read the same columns of neighbouring rows. With float4s a quarter-warp is served at once: 4/c rows
+// times the c threads that share a block, c = b/8, which read and write c neighbouring float4s. So rows b/2 words apart
+// (modulo the 32 banks) never collide. Narrower blocks read float2s (b = 4, 8 rows of 2 blocks in a half-warp) or
+// floats (b = 2, 8 rows of 4 blocks), and there 4 words keep 8 rows apart; in factor 0, whose half-blocks lie b and not
+// b/2 apart, two blocks still meet in a bank.
+inline int64_t butterfly_row_stride(int64_t rows, int64_t features, int kernel_size) {
+  const int64_t skew = kernel_size > 8 ? kernel_size / 2 : 4;
+  return rows == 1 ? (features + 3) / 4 * 4 : (features - skew + 31) / 32 * 32 + skew;
+}
+
+// The fewest features of a tile, whole windows, and how many there had better be: about 256, one per thread from b = 8
+// on; in a multiple of 16 bytes too where that is possible, so that no tile starts unaligned. A tile costs its threads
+// two barriers per factor, and wider ones would only add latency.
+struct ButterflyWidth {
+  int64_t step, wanted;
+};
+inline ButterflyWidth butterfly_width(int64_t window, int element_bytes) {
+  constexpr int64_t kFeatures = 256;
+  int64_t step = window;  // the least common multiple of the window and 16 bytes
+  while (step * element_bytes % 16 != 0) step += window;
+  if (step > kFeatures) step = window;
+  return {step, step > kFeatures ? step : kFeatures / step * step};
+}
+
+// Threads of a block: x goes over the groups of rows and, fastest, over the threads that share a block of Q; y over the
+// blocks. All powers of two, so that threads that share a block are in one warp.
+inline dim3 butterfly_threads(int64_t rows, int64_t features, int64_t b, int kernel_size) {
+  const int64_t groups = rows > kButterflyRowsPerThread ? rows / kButterflyRowsPerThread : 1;
+  const int64_t shared_by = kernel_size > 8 ? kernel_size / 8 : 1;
+  const int64_t pieces = kernel_size == 0 ? (b + kButterflyColumns - 1) / kButterflyColumns : 1;
+  const int64_t x = groups * shared_by;
+  int64_t y = 1;
+  while (x * y < 32 || (x * y < kButterflyThreads && y < features / b * pieces)) y *= 2;
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+}
+
 // The launch for x (tokens, features) with m factors of block size b, where features is a multiple of b*2^(m-1).
 //
 // Rows. Q is read once per tile, so more rows mean less of that traffic: at 32 rows it is b*m/8 bytes per element of
 // x, hidden behind x itself up to b = 8 or so and behind the arithmetic above that. Two tiles should fit a
 // multiprocessor, so that one loads while the other computes, but not at the price of fewer rows than a thread works
 // on; a window too wide for that has the shared memory to itself, at fewer rows if need be, down to one.
-//
-// Features. About 256, one per thread from b = 8 on, in whole windows; in a multiple of 16 bytes too where that is
-// possible, so that no tile starts unaligned. A tile costs its threads two barriers per factor, and wider ones would
-// only add latency.
-//
-// Row stride. Threads of a warp read the same columns of neighbouring rows. With float4s a quarter-warp is served at
-// once: 4/c rows times the c threads that share a block, c = b/8, which read and write c neighbouring float4s. So rows
-// b/2 words apart (modulo the 32 banks) never collide. Narrower blocks read float2s (b = 4, 8 rows of 2 blocks in a
-// half-warp) or floats (b = 2, 8 rows of 4 blocks), and there 4 words keep 8 rows apart; in factor 0, whose
-// half-blocks lie b and not b/2 apart, two blocks still meet in a bank.
 inline ButterflyPlan plan_butterfly(int64_t tokens, int64_t features, int64_t b, int64_t factors, int element_bytes,
                                     int64_t max_shared_bytes, int kernel_size) {
-  constexpr int64_t kFeatures = 256;
   ButterflyPlan plan{};
   const int64_t window = b << (factors - 1);
   // The generic path computes from one buffer into another; the others have a whole block in their registers.
   const int64_t buffers = kernel_size == 0 ? 2 : 1;
-  const int64_t skew = kernel_size > 8 ? kernel_size / 2 : 4;
-  const auto row_stride = [&](int64_t rows, int64_t count) {
-    return rows == 1 ? (count + 3) / 4 * 4 : (count - skew + 31) / 32 * 32 + skew;
-  };
   const auto bytes = [&](int64_t rows, int64_t count) {
-    return buffers * rows * row_stride(rows, count) * static_cast<int64_t>(sizeof(float));
+    return buffers * rows * butterfly_row_stride(rows, count, kernel_size) * static_cast<int64_t>(sizeof(float));
   };
 
   int64_t rows = kButterflyRows;
@@ -106,10 +132,7 @@ inline ButterflyPlan plan_butterfly(int64_t tokens, int64_t features, int64_t b,
     return plan;
   }
 
-  int64_t step = window;  // the least common multiple of the window and 16 bytes
-  while (step * element_bytes % 16 != 0) step += window;
-  if (step > kFeatures) step = window;
-  int64_t count = step > kFeatures ? step : kFeatures / step * step;
+  auto [step, count] = butterfly_width(window, element_bytes);
   while (count > step && bytes(rows, count) > max_shared_bytes / 2) count -= step;
   if (bytes(rows, count) > max_shared_bytes) count = window;
   if (count > features) count = features;
@@ -120,21 +143,84 @@ inline ButterflyPlan plan_butterfly(int64_t tokens, int64_t features, int64_t b,
     plan.error = "more tiles than a grid can have";
     return plan;
   }
-
-  // Threads: x goes over the groups of rows and, fastest, over the threads that share a block; y over the blocks. All
-  // powers of two, so that threads that share a block are in one warp.
-  const int64_t groups = rows > kButterflyRowsPerThread ? rows / kButterflyRowsPerThread : 1;
-  const int64_t shared_by = kernel_size > 8 ? kernel_size / 8 : 1;
-  const int64_t pieces = kernel_size == 0 ? (b + kButterflyColumns - 1) / kButterflyColumns : 1;
-  const int64_t x = groups * shared_by;
-  int64_t y = 1;
-  while (x * y < 32 || (x * y < kButterflyThreads && y < count / b * pieces)) y *= 2;
-
   plan.grid = dim3(static_cast<unsigned>(grid));
-  plan.block = dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+  plan.block = butterfly_threads(rows, count, b, kernel_size);
   plan.shared_bytes = bytes(rows, count);
-  plan.tile = {static_cast<int>(rows), static_cast<int>(count), static_cast<int>(row_stride(rows, count)),
-               static_cast<int>(across)};
+  plan.tile = {static_cast<int>(rows), static_cast<int>(count),
+               static_cast<int>(butterfly_row_stride(rows, count, kernel_size)), static_cast<int>(across)};
+  return plan;
+}
+
+struct ButterflyBwdPlan : ButterflyPlan {
+  int chunk;            // rows of a group, whole tiles; the grid goes through the tiles side by side, then the groups
+  int groups;           // a part of the block gradients each, where they are needed
+  bool sums_in_shared;  // or in the part itself
+};
+
+// The launch for the way back; `processors` is the number of multiprocessors.
+//
+// A thread block keeps its features for a chunk of rows and adds up their block gradients, b*m float32 a feature, which
+// stay in shared memory beside a tile of g and one of z as long as two thread blocks fit a multiprocessor. With two
+// factors and 32 rows on an H100 (113 KiB each) that is 256 features for b = 8 (81 KiB) and 16 (98), 192 for 32 (100);
+// on an A100 (81 KiB each) 256, 192 (74) and 128 (68). Where two do not fit (b = 32 with four factors wants 128 KiB of
+// sums) the sums are updated in global memory, once for each tile: 8 bytes for 32 rows, from the second-level cache.
+// There are as many groups as fill the GPU once, two thread blocks to a multiprocessor, and not more, because every
+// group writes a part. Without block gradients a group is a tile.
+inline ButterflyBwdPlan plan_butterfly_bwd(int64_t tokens, int64_t features, int64_t b, int64_t factors,
+                                           int element_bytes, int64_t max_shared_bytes, int64_t processors,
+                                           int kernel_size, bool need_blocks) {
+  constexpr int64_t kReserved = 1 << 10;  // of every thread block, by the system
+  ButterflyBwdPlan plan{};
+  const int64_t window = b << (factors - 1);
+  const int64_t pages = (need_blocks ? 2 : 1) + (kernel_size == 0 ? 1 : 0);
+  const auto bytes = [&](int64_t rows, int64_t count, bool with_sums) {
+    const int64_t row_stride = butterfly_row_stride(rows, count, kernel_size);
+    return (pages * rows * row_stride + (with_sums ? count * b * factors : 0)) * static_cast<int64_t>(sizeof(float));
+  };
+  const int64_t half = (max_shared_bytes - kReserved) / 2;
+
+  int64_t most_rows = kButterflyRows;
+  while (most_rows > 1 && most_rows / 2 >= tokens) most_rows /= 2;
+  const auto [step, wanted] = butterfly_width(window, element_bytes);
+  int64_t rows = 0, count = 0;
+  // The first that fits: few rows cost less than sums out of reach, and narrow tiles less than few rows.
+  const auto try_fit = [&](int64_t limit, int64_t least_rows, int64_t narrowest, bool with_sums) {
+    for (int64_t r = most_rows; rows == 0 && r >= 1 && (r >= least_rows || r == most_rows); r /= 2) {
+      for (int64_t c = wanted; rows == 0 && c >= narrowest; c -= step) {
+        if (bytes(r, c, with_sums) <= limit) rows = r, count = c, plan.sums_in_shared = with_sums;
+      }
+    }
+  };
+  if (need_blocks) try_fit(half, kButterflyRows / 2, step, true);
+  try_fit(half, kButterflyRowsPerThread, step, false);
+  try_fit(max_shared_bytes, 1, step, false);
+  if (rows == 0 && bytes(1, window, false) <= max_shared_bytes) rows = 1, count = window;
+  if (rows == 0) {
+    plan.error = "one row of one window, and of its gradient, does not fit the shared memory of a thread block";
+    return plan;
+  }
+  if (count > features) count = features;
+
+  const int64_t across = (features + count - 1) / count, row_tiles = (tokens + rows - 1) / rows;
+  int64_t groups = row_tiles;
+  if (need_blocks) {
+    groups = 2 * processors / across;
+    if (groups < 1) groups = 1;
+    if (groups > row_tiles) groups = row_tiles;
+  }
+  const int64_t tiles = (row_tiles + groups - 1) / groups;  // of a group
+  groups = (row_tiles + tiles - 1) / tiles;
+  if (groups * across > INT32_MAX || tiles * rows > INT32_MAX) {
+    plan.error = "more tiles than a grid can have, or a group";
+    return plan;
+  }
+  plan.grid = dim3(static_cast<unsigned>(groups * across));
+  plan.block = butterfly_threads(rows, count, b, kernel_size);
+  plan.shared_bytes = bytes(rows, count, plan.sums_in_shared);
+  plan.tile = {static_cast<int>(rows), static_cast<int>(count),
+               static_cast<int>(butterfly_row_stride(rows, count, kernel_size)), static_cast<int>(across)};
+  plan.chunk = static_cast<int>(tiles * rows);
+  plan.groups = static_cast<int>(groups);
   return plan;
 }
 
@@ -260,7 +346,7 @@ __device__ __forceinline__ void load_tile(const T* x, int64_t x_row_stride, floa
   constexpr int kBatch = 4;  // so many loads of a thread are on their way before the first is waited for
   TileWalk walk(features / Access::kWidth);
   while (walk.row < rows) {
-    Raw raw[kBatch];
+    Raw raw[kBatch] = {};  // or what is not loaded is a value of the last round, and keeps a register meanwhile
     int row[kBatch], column[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -305,9 +391,10 @@ struct ThreadRows {
   }
 };
 
-// Applies factor f to the tile in place. A thread has P columns of either half of one block, for 4 rows: a product of
-// (4, b) by (b, 2P) in registers. A block of b = 16 or 32 is shared by 2 or 4 threads of one warp.
-template <int B>
+// Applies factor f, or its transpose, to the tile in place. A thread has P columns of either half of one block, for 4
+// rows: a product of (4, b) by (b, 2P) in registers. A block of b = 16 or 32 is shared by 2 or 4 threads of one warp.
+// kSteps of P entries of z are under way at once: with two of them wide blocks would spill.
+template <int B, bool kTransposed = false, int kSteps = (B > 8 ? 1 : 2)>
 __device__ __forceinline__ void apply_factor(const float* q,  // [tile_blocks, B, B]
                                              float* tile, int row_stride, int rows, int tile_blocks, int f) {
   constexpr int kHalf = B / 2;              // r
@@ -329,25 +416,42 @@ __device__ __forceinline__ void apply_factor(const float* q,  // [tile_blocks, B
     const int low = (k >> f) * 2 * to_high + (k & (half_blocks - 1)) * kSharedBy;
     float out[R][2][P] = {};
     if (active) {
-      const Vector* q_row = reinterpret_cast<const Vector*>(q + static_cast<int64_t>(k) * (B * B)) + column;
-// Two steps of a wide block at once would spill.
-#pragma unroll(B > 8 ? 1 : 2)
+      // Transposed, a thread has P rows of Q in either half, and steps along them.
+      const Vector* q_row =
+          reinterpret_cast<const Vector*>(q + static_cast<int64_t>(k) * (B * B)) + (kTransposed ? column * B : column);
+#pragma unroll kSteps
       for (int a = 0; a < 2 * kSharedBy; ++a) {
         const int place = low + (a < kSharedBy ? a : to_high + a - kSharedBy);
         float z[R][P];
 #pragma unroll
         for (int j = 0; j < R; ++j) unpack(vectors[row.offset[j] + place], z[j]);
+        if constexpr (kTransposed) {
 #pragma unroll
-        for (int p = 0; p < P; ++p, q_row += 2 * kSharedBy) {
-          float weight[2][P];
-          unpack(__ldg(q_row), weight[0]);
-          unpack(__ldg(q_row + kSharedBy), weight[1]);
-#pragma unroll
-          for (int j = 0; j < R; ++j) {
+          for (int h = 0; h < 2; ++h) {
 #pragma unroll
             for (int c = 0; c < P; ++c) {
-              out[j][0][c] = fmaf(z[j][p], weight[0][c], out[j][0][c]);
-              out[j][1][c] = fmaf(z[j][p], weight[1][c], out[j][1][c]);
+              float weight[P];
+              unpack(__ldg(q_row + a + (h * kHalf + c) * (B / P)), weight);
+#pragma unroll
+              for (int j = 0; j < R; ++j) {
+#pragma unroll
+                for (int p = 0; p < P; ++p) out[j][h][c] = fmaf(z[j][p], weight[p], out[j][h][c]);
+              }
+            }
+          }
+        } else {
+#pragma unroll
+          for (int p = 0; p < P; ++p, q_row += 2 * kSharedBy) {
+            float weight[2][P];
+            unpack(__ldg(q_row), weight[0]);
+            unpack(__ldg(q_row + kSharedBy), weight[1]);
+#pragma unroll
+            for (int j = 0; j < R; ++j) {
+#pragma unroll
+              for (int c = 0; c < P; ++c) {
+                out[j][0][c] = fmaf(z[j][p], weight[0][c], out[j][0][c]);
+                out[j][1][c] = fmaf(z[j][p], weight[1][c], out[j][1][c]);
+              }
             }
           }
         }
@@ -364,8 +468,20 @@ __device__ __forceinline__ void apply_factor(const float* q,  // [tile_blocks, B
   }
 }
 
-// The same for any b, from one buffer to another: a thread has some neighbouring columns of one block. Odd b occur
-// with a single factor only, where the two half-blocks are neighbours and it does not matter where one ends.
+// Where the entries of block k of factor f lie in a row of the tile. Odd b occur with a single factor only, where the
+// two half-blocks are neighbours and it does not matter where one ends.
+struct BlockPlaces {
+  int half, low, high;
+  __device__ __forceinline__ BlockPlaces(int k, int b, int f) : half(b / 2) {
+    const int half_blocks = 1 << f;
+    low = (k >> f) * half_blocks * b + (k & (half_blocks - 1)) * half;
+    high = low + half_blocks * half;
+  }
+  __device__ __forceinline__ int operator()(int a) const { return a < half ? low + a : high + (a - half); }
+};
+
+// apply_factor for any b, from one buffer to another: a thread has some neighbouring columns of one block.
+template <bool kTransposed = false>
 __device__ __forceinline__ void apply_factor_generic(const float* q,  // [tile_blocks, b, b]
                                                      const float* from, float* to, int row_stride, int rows,
                                                      int tile_blocks, int b, int f) {
@@ -373,19 +489,16 @@ __device__ __forceinline__ void apply_factor_generic(const float* q,  // [tile_b
   const int group = threadIdx.x;
   if (group >= rows) return;
   const ThreadRows row(group, blockDim.x, rows, row_stride);
-  const int half_blocks = 1 << f, half = b / 2;
   const int pieces = (b + C - 1) / C;
   for (int item = threadIdx.y; item < tile_blocks * pieces; item += blockDim.y) {
     const int k = item / pieces, first = item % pieces * C;
-    const int low = (k >> f) * half_blocks * b + (k & (half_blocks - 1)) * half;
-    const int high = low + half_blocks * half;
-    const auto place = [&](int a) { return a < half ? low + a : high + (a - half); };
-    const float* q_row = q + static_cast<int64_t>(k) * b * b + first;
+    const BlockPlaces place(k, b, f);
+    const float* q_row = q + static_cast<int64_t>(k) * b * b + (kTransposed ? first * b : first);
     float out[R][C] = {};
-    for (int a = 0; a < b; ++a, q_row += b) {
+    for (int a = 0; a < b; ++a, q_row += kTransposed ? 1 : b) {
       float weight[C], z[R];
 #pragma unroll
-      for (int c = 0; c < C; ++c) weight[c] = first + c < b ? __ldg(q_row + c) : 0.0f;
+      for (int c = 0; c < C; ++c) weight[c] = first + c < b ? __ldg(q_row + (kTransposed ? c * b : c)) : 0.0f;
 #pragma unroll
       for (int j = 0; j < R; ++j) z[j] = from[row.offset[j] + place(a)];
 #pragma unroll
@@ -399,6 +512,135 @@ __device__ __forceinline__ void apply_factor_generic(const float* q,  // [tile_b
       if (first + c >= b) break;
 #pragma unroll
       for (int j = 0; j < R; ++j) to[row.offset[j] + place(first + c)] = out[j][c];
+    }
+  }
+}
+
+// The gradients of one factor's blocks that a thread block adds up, tile by tile.
+struct ButterflySums {
+  float* shared;     // count * b floats of the thread block's own, or nullptr
+  float* part;       // [tile_blocks, b, b] in global memory
+  bool first, last;  // of the tiles
+
+  __device__ __forceinline__ const float* from() const { return shared ? shared : part; }
+  __device__ __forceinline__ float* to() const { return shared && !last ? shared : part; }
+};
+
+// sums += z^T g for each block of factor f.
+//
+// A thread has a patch of a block: up to 4 entries of z against P entries of either half of g, for every kSplit-th row.
+// That is 32 products for three float4s. When the rows are through, the kSplit lanes that share a patch exchange halves
+// of it until each has the total of its own share, always in the same order.
+//
+// Banks. Lanes that want the same word are served at once. For b = 32 a quarter-warp reads one row at four neighbouring
+// float4s of z and two of g, for b = 16 two rows at two and two; the row stride keeps them apart. For b = 8 it is four
+// rows and both halves of z, which meet in a bank (two by two) in all factors but the third, while in g there is no
+// conflict; for b = 4 two lanes meet in factor 0, as in apply_factor, and for b = 2, four rows of eight blocks, two to
+// four do. The sums in shared memory are in the order of the threads, each in a place that only one thread touches, so
+// they need no barrier and have no conflicts.
+template <int B>
+__device__ __forceinline__ void correlate(const float* z_tile, const float* g_tile, int row_stride, int rows,
+                                          int tile_blocks, int f, const ButterflySums& sums) {
+  constexpr int kHalf = B / 2, P = kHalf < 4 ? kHalf : 4, kVectors = kHalf / P;
+  constexpr int A = B < 4 ? B : 4;                                   // entries of z; both halves if b <= 4
+  constexpr int kPatches = B / A * kVectors;                         // of a block
+  constexpr int kSplit = B == 4 ? 8 : B <= 8 ? 4 : B == 16 ? 2 : 1;  // lanes that share a patch
+  constexpr int kOwn = 2 * A / kSplit;                               // Vectors of it that a lane has at the end
+  using Vector = decltype(pack(*static_cast<float (*)[P]>(nullptr)));
+  const Vector* z_vectors = reinterpret_cast<const Vector*>(z_tile);
+  const Vector* g_vectors = reinterpret_cast<const Vector*>(g_tile);
+  const int stride = row_stride / P, half_blocks = 1 << f, to_high = half_blocks * kVectors;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  const int lane = thread % kSplit, total = tile_blocks * kPatches * kSplit;
+
+  // The trip count is the same for all threads, as the exchange wants it.
+  for (int first = 0; first < total; first += threads) {
+    const int index = first + thread, item = index / kSplit;
+    const int k = item / kPatches, patch = item % kPatches;
+    const int z_vector = patch % kVectors, g_vector = patch / kVectors % kVectors;
+    const int z_half = patch / (kVectors * kVectors);  // 0 if b <= 4
+    const bool active = index < total;
+    float sum[2 * A][P] = {};
+    if (active) {
+      const int low = (k >> f) * 2 * to_high + (k & (half_blocks - 1)) * kVectors;
+      const Vector* z_at = z_vectors + low + z_half * to_high + z_vector;
+      const Vector* g_at = g_vectors + low + g_vector;
+#pragma unroll 2
+      for (int row = lane; row < rows; row += kSplit) {
+        float z[A / P][P], g[2][P];
+#pragma unroll
+        for (int i = 0; i < A / P; ++i) unpack(z_at[row * stride + i * to_high], z[i]);
+        unpack(g_at[row * stride], g[0]);
+        unpack(g_at[row * stride + to_high], g[1]);
+#pragma unroll
+        for (int a = 0; a < A; ++a) {
+#pragma unroll
+          for (int p = 0; p < P; ++p) {
+            sum[2 * a][p] = fmaf(z[a / P][a % P], g[0][p], sum[2 * a][p]);
+            sum[2 * a + 1][p] = fmaf(z[a / P][a % P], g[1][p], sum[2 * a + 1][p]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int n = A; n >= kOwn; n /= 2) {
+      const int distance = kSplit * n / (2 * A);
+      const bool upper = lane & distance;
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+#pragma unroll
+        for (int p = 0; p < P; ++p) {
+          const float low = sum[i][p], high = sum[i + n][p];
+          sum[i][p] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, distance);
+        }
+      }
+    }
+    if (!active) continue;
+    // The lane's Vectors 2a and 2a + 1 are the halves of one row of the block; in shared memory they lie `total` apart.
+    const int a_first = z_half * kHalf + z_vector * P + lane * kOwn / 2;
+    const int in_part = (k * B * B + a_first * B + lane * kOwn % 2 * kHalf) / P + g_vector;
+    if (!sums.first) {
+      const Vector* from = reinterpret_cast<const Vector*>(sums.from()) + (sums.shared ? index : in_part);
+      const int half = sums.shared ? total : kVectors, row = sums.shared ? 2 * total : B / P;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        float before[P];
+        unpack(from[i / 2 * row + i % 2 * half], before);
+#pragma unroll
+        for (int p = 0; p < P; ++p) sum[i][p] += before[p];
+      }
+    }
+    const bool to_shared = sums.shared && !sums.last;
+    Vector* to = reinterpret_cast<Vector*>(sums.to()) + (to_shared ? index : in_part);
+    const int half = to_shared ? total : kVectors, row = to_shared ? 2 * total : B / P;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) to[i / 2 * row + i % 2 * half] = pack(sum[i]);
+  }
+}
+
+// The same for any b: a thread has some neighbouring columns of one row of a block.
+__device__ __forceinline__ void correlate_generic(const float* z_tile, const float* g_tile, int row_stride, int rows,
+                                                  int tile_blocks, int b, int f, const ButterflySums& sums) {
+  constexpr int C = kButterflyColumns;
+  const int pieces = (b + C - 1) / C;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  for (int item = thread; item < tile_blocks * b * pieces; item += threads) {
+    const int block_row = item / pieces, first = item % pieces * C, k = block_row / b;
+    const BlockPlaces place(k, b, f);
+    const int z_place = place(block_row % b);
+    int g_place[C];
+#pragma unroll
+    for (int c = 0; c < C; ++c) g_place[c] = place(first + c < b ? first + c : first);
+    float sum[C] = {};
+    for (int row = 0; row < rows; ++row) {
+      const float z = z_tile[row * row_stride + z_place];
+#pragma unroll
+      for (int c = 0; c < C; ++c) sum[c] = fmaf(z, g_tile[row * row_stride + g_place[c]], sum[c]);
+    }
+    const int at = block_row * b + first;
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      if (first + c < b) sums.to()[at + c] = (sums.first ? 0.0f : sums.from()[at + c]) + sum[c];
     }
   }
 }
@@ -452,6 +694,171 @@ __global__ void __launch_bounds__(kButterflyThreads, butterfly_blocks_per_multip
     store_tile<Packed<T>>(y_tile, features, tile, shape.row_stride, rows, count);
   } else {
     store_tile<Single<T>>(y_tile, features, tile, shape.row_stride, rows, count);
+  }
+}
+
+// Activations of the way back. One kernel takes them all: the types matter where a tile comes and goes, and nowhere
+// that is hot.
+enum class ButterflyElement : int { kFloat32, kFloat16, kBFloat16 };
+
+constexpr int bytes_of(ButterflyElement element) { return element == ButterflyElement::kFloat32 ? 4 : 2; }
+
+template <typename F>
+__device__ __forceinline__ void with_element(ButterflyElement element, F&& f) {
+  if (element == ButterflyElement::kFloat32) {
+    f.template operator()<float>();
+  } else if (element == ButterflyElement::kFloat16) {
+    f.template operator()<__half>();
+  } else {
+    f.template operator()<__nv_bfloat16>();
+  }
+}
+
+// load_tile to an offset in shared memory, from where the tile starts in x.
+__device__ __forceinline__ void load_rows(ButterflyElement element, const void* x, int64_t x_row_stride,
+                                          int64_t first_row, int64_t first_feature, int tile, int row_stride, int rows,
+                                          int features) {
+  extern __shared__ float4 shared_memory[];
+  float* to = reinterpret_cast<float*>(shared_memory) + tile;
+  with_element(element, [&]<typename T>() {
+    const T* first = static_cast<const T*>(x) + first_row * x_row_stride + first_feature;
+    if (rows_are_packed(first, x_row_stride, features)) {
+      load_tile<Packed<T>>(first, x_row_stride, to, row_stride, rows, features);
+    } else {
+      load_tile<Single<T>>(first, x_row_stride, to, row_stride, rows, features);
+    }
+  });
+}
+
+__device__ __forceinline__ void store_rows(ButterflyElement element, void* y, int64_t y_row_stride, int64_t first_row,
+                                           int64_t first_feature, int tile, int row_stride, int rows, int features) {
+  extern __shared__ float4 shared_memory[];
+  const float* from = reinterpret_cast<const float*>(shared_memory) + tile;
+  with_element(element, [&]<typename T>() {
+    T* first = static_cast<T*>(y) + first_row * y_row_stride + first_feature;
+    if (rows_are_packed(first, y_row_stride, features)) {
+      store_tile<Packed<T>>(first, y_row_stride, from, row_stride, rows, features);
+    } else {
+      store_tile<Single<T>>(first, y_row_stride, from, row_stride, rows, features);
+    }
+  });
+}
+
+// dx = g R^T, and a part of the block gradients for each group of rows. B is the block size, or 0 for any `block_size`;
+// everything else comes from plan_butterfly_bwd. Any Q will do.
+//
+// The inputs of the factors are computed again from x, each time from the start: a second tile is all the room that
+// takes, and for one or two factors, which is what BOFT is trained with, no arithmetic either that keeping them all
+// would save.
+//
+// Floor. Bytes: grad, x and dx once, 3 * element size a feature and token; x again from the second-level cache for each
+// factor but the first; b*m*4 a feature and group for the sums. Operations: 2*b*(2*m + m*(m-1)/2) a feature and token.
+// For b = 8 and m = 2 in bfloat16 80 to 6 bytes: 13 a byte, of the 14 to 20 that an H200 or H100 has outside its tensor
+// cores. So the widest block that memory bounds is b = 8; from b = 16 on it is arithmetic. Shared memory comes before
+// both while blocks are narrow: 64 bytes a feature and token for b = 8 and m = 2, where an H100 moves 9 bytes of it for
+// each of its memory's.
+//
+// Two thread blocks of 256 threads to a multiprocessor, 128 registers a thread: 16 warps, 25 % of an H100.
+template <int B>
+__global__ void __launch_bounds__(kButterflyThreads, 2)
+    butterfly_bwd_kernel(ButterflyElement element,
+                         const void* __restrict__ grad,     // [tokens, features], rows grad_row_stride apart
+                         const void* __restrict__ x,        // [tokens, features], rows x_row_stride apart
+                         const float* __restrict__ blocks,  // [factors, features / b, b, b]
+                         void* __restrict__ dx,             // [tokens, features], or nullptr
+                         float* __restrict__ parts,         // [groups, factors, features / b, b, b], or nullptr
+                         int64_t tokens, int64_t features, int64_t grad_row_stride, int64_t x_row_stride, int factors,
+                         int block_size, ButterflyTile shape, int chunk, bool sums_in_shared) {
+  extern __shared__ float4 shared_memory[];
+  float* const floats = reinterpret_cast<float*>(shared_memory);
+  const int b = B > 0 ? B : block_size;
+  const int page = shape.rows * shape.row_stride;
+  // Offsets in shared memory.
+  int g = 0;
+  int z = parts ? page : 0;  // not used without block gradients
+  int other = z + page;      // used by the generic path only
+  const int own_sums = z + (B > 0 ? page : 2 * page);
+
+  const int group = static_cast<int>(blockIdx.x) / shape.across;
+  const int64_t first_feature = static_cast<int64_t>(static_cast<int>(blockIdx.x) % shape.across) * shape.features;
+  const int count = static_cast<int>(min(static_cast<int64_t>(shape.features), features - first_feature));
+  const int64_t first_row = static_cast<int64_t>(group) * chunk;
+  const int chunk_rows = static_cast<int>(min(int64_t{chunk}, tokens - first_row));
+
+  constexpr int kSteps = B > 4 ? 1 : 2;  // there are fewer registers left than on the way there
+  const auto apply = [&]<bool kTransposed>(int& tile, int rows, int f) {
+    const float* q = blocks + (f * features + first_feature) * b;
+    if constexpr (B > 0) {
+      apply_factor<B, kTransposed, kSteps>(q, floats + tile, shape.row_stride, rows, count / B, f);
+    } else {
+      apply_factor_generic<kTransposed>(q, floats + tile, floats + other, shape.row_stride, rows, count / b, b, f);
+      const int result = other;
+      other = tile, tile = result;
+    }
+    __syncthreads();
+  };
+
+  for (int done = 0; done < chunk_rows; done += shape.rows) {
+    const int rows = min(shape.rows, chunk_rows - done);
+    __syncthreads();  // the last tiles have been read
+    load_rows(element, grad, grad_row_stride, first_row + done, first_feature, g, shape.row_stride, rows, count);
+    for (int f = 0; f < factors; ++f) {
+      if (parts) {
+        load_rows(element, x, x_row_stride, first_row + done, first_feature, z, shape.row_stride, rows, count);
+        __syncthreads();
+        for (int i = factors - 1; i > f; --i) apply.template operator()<false>(z, rows, i);
+        const ButterflySums sums{
+            .shared = sums_in_shared ? floats + own_sums + f * shape.features * b : nullptr,
+            .part = parts + ((static_cast<int64_t>(group) * factors + f) * features + first_feature) * b,
+            .first = done == 0,
+            .last = done + rows == chunk_rows,
+        };
+        if constexpr (B > 0) {
+          correlate<B>(floats + z, floats + g, shape.row_stride, rows, count / B, f, sums);
+        } else {
+          correlate_generic(floats + z, floats + g, shape.row_stride, rows, count / b, b, f, sums);
+        }
+      }
+      __syncthreads();
+      if (f + 1 < factors || dx) apply.template operator()<true>(g, rows, f);
+    }
+    if (dx) store_rows(element, dx, features, first_row + done, first_feature, g, shape.row_stride, rows, count);
+  }
+}
+
+constexpr int kAddPartsThreads = 128;
+
+// Four sums to a thread where they come in fours, else one.
+inline bool parts_are_packed(int64_t size) { return size % 4 == 0; }
+inline unsigned add_parts_grid(int64_t size) {
+  const int64_t items = parts_are_packed(size) ? size / 4 : size;
+  return static_cast<unsigned>((items + kAddPartsThreads - 1) / kAddPartsThreads);
+}
+
+// sums = parts[0] + parts[1] + ..., in this order.
+//
+// Floor. Bytes: 4 a sum and group, most of them from the second-level cache, where they have just been written, and 4 a
+// sum. About 32 registers: nothing but the number of sums limits the threads.
+__global__ void __launch_bounds__(kAddPartsThreads, 8)
+    butterfly_add_parts_kernel(const float* __restrict__ parts,  // [groups, size]
+                               float* __restrict__ sums,         // [size]
+                               int64_t size, int groups, bool packed) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kAddPartsThreads + threadIdx.x;
+  if (packed) {
+    if (i >= size / 4) return;
+    const float4* part = reinterpret_cast<const float4*>(parts) + i;
+    float4 sum = *part;
+#pragma unroll 4
+    for (int group = 1; group < groups; ++group) {
+      const float4 next = part[group * (size / 4)];
+      sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
+    }
+    reinterpret_cast<float4*>(sums)[i] = sum;
+  } else {
+    if (i >= size) return;
+    float sum = parts[i];
+    for (int group = 1; group < groups; ++group) sum += parts[group * size + i];
+    sums[i] = sum;
   }
 }
 

@@ -4,7 +4,8 @@
 // The threads of a block are fibers. One runs until it reaches a barrier, so in a race-free kernel the order in which
 // they are resumed changes nothing, and in another one it does: of two threads that meet in shared memory without a
 // barrier between them, the ascending and the descending order each let another one win. Shared memory is dynamic only,
-// holds NaN when a block starts, and is out of bounds (AddressSanitizer) beyond what the launch asked for.
+// holds NaN when a block starts, and is out of bounds (AddressSanitizer) beyond what the launch asked for. Shuffles are
+// of whole warps.
 #pragma once
 
 #include <ucontext.h>
@@ -36,6 +37,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__
+#define __grid_constant__
 
 struct uint3 {
   unsigned x, y, z;
@@ -62,6 +64,8 @@ template <typename T>
 T __ldg(const T* address) {
   return *address;
 }
+
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 
 // Of the thread that runs.
 inline uint3 threadIdx, blockIdx;
@@ -90,11 +94,17 @@ struct Fiber {
   std::abort();
 }
 
+inline void check_whole_warp(unsigned mask) {
+  if (mask == ~0u) return;
+  std::fprintf(stderr, "cuda_host: a shuffle of a part of a warp, mask %x\n", mask);
+  std::abort();
+}
+
 // Runs the fibers of one block at a time on stacks that all blocks of a launch share.
 class Block {
  public:
   Block(unsigned threads, std::function<void()> kernel, unsigned seed)
-      : kernel_(std::move(kernel)), fibers_(threads), order_(threads), seed_(seed), random_(seed) {
+      : kernel_(std::move(kernel)), fibers_(threads), handed_in_(threads), order_(threads), seed_(seed), random_(seed) {
     std::iota(order_.begin(), order_.end(), size_t{0});
     if (seed == 1) std::reverse(order_.begin(), order_.end());
   }
@@ -123,9 +133,27 @@ class Block {
     switch_to(&running_->context, &scheduler_, scheduler_stack_, scheduler_stack_bytes_, false);
   }
 
+  // The value that `lane` of the running fiber's warp hands in; all lanes meet here.
+  template <typename T>
+  T shuffle(T value, size_t lane, std::source_location where) {
+    static_assert(sizeof(T) <= sizeof(uint64_t));
+    const size_t self = index_of(*running_), first = self / kWarp * kWarp;
+    std::memcpy(&handed_in_[self], &value, sizeof(T));
+    wait(Fiber::kAtWarpBarrier, where);
+    if (first + lane >= fibers_.size() || fibers_[first + lane].state == Fiber::kDone) {
+      fail("a shuffle takes from a thread that is not there", *running_, *running_);
+    }
+    std::memcpy(&value, &handed_in_[first + lane], sizeof(T));
+    wait(Fiber::kAtWarpBarrier, where);  // read by all before the next value is handed in
+    return value;
+  }
+  size_t lane() const { return index_of(*running_) % kWarp; }
+
   static inline Block* current = nullptr;
 
  private:
+  size_t index_of(const Fiber& fiber) const { return static_cast<size_t>(&fiber - fibers_.data()); }
+
   void start(size_t i) {
     Fiber& fiber = fibers_[i];
     const unsigned t = static_cast<unsigned>(i);
@@ -194,6 +222,7 @@ class Block {
 
   std::function<void()> kernel_;
   std::vector<Fiber> fibers_;
+  std::vector<uint64_t> handed_in_;  // to a shuffle, by each fiber
   std::vector<size_t> order_;
   unsigned seed_;
   std::mt19937 random_;
@@ -235,4 +264,25 @@ inline void __syncthreads(std::source_location where = std::source_location::cur
 }
 inline void __syncwarp(std::source_location where = std::source_location::current()) {
   cuda_host::Block::current->wait(cuda_host::Fiber::kAtWarpBarrier, where);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, std::source_location where = std::source_location::current()) {
+  cuda_host::Block& block = *cuda_host::Block::current;
+  cuda_host::check_whole_warp(mask);
+  return block.shuffle(value, block.lane() ^ static_cast<size_t>(lane_mask), where);
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane, std::source_location where = std::source_location::current()) {
+  cuda_host::check_whole_warp(mask);
+  return cuda_host::Block::current->shuffle(value, static_cast<size_t>(lane) % cuda_host::kWarp, where);
+}
+// A lane without a partner keeps what it has.
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta,
+                   std::source_location where = std::source_location::current()) {
+  cuda_host::Block& block = *cuda_host::Block::current;
+  cuda_host::check_whole_warp(mask);
+  const size_t from = block.lane() + delta;
+  return block.shuffle(value, from < cuda_host::kWarp ? from : block.lane(), where);
 }

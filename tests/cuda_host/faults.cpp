@@ -46,6 +46,23 @@ void early_exit_kernel(const float* in, float* out) {
   out[threadIdx.x] = in[threadIdx.x];
 }
 
+// Every thread exchanges with the lane whose number differs in the last two bits, and then takes from the next lane and
+// the first.
+void shuffle_kernel(const float* in, float* out) {
+  const float across = __shfl_xor_sync(~0u, in[threadIdx.x], 3);
+  out[threadIdx.x] = __shfl_down_sync(~0u, across, 1) + __shfl_sync(~0u, across, 0);
+}
+
+// Thread 5 has left when its neighbour asks for its value.
+void absent_lane_kernel(const float* in, float* out) {
+  if (threadIdx.x == 5) return;
+  out[threadIdx.x] = __shfl_xor_sync(~0u, in[threadIdx.x], 1);
+}
+
+void partial_mask_kernel(const float* in, float* out) {
+  out[threadIdx.x] = __shfl_xor_sync(0xffff, in[threadIdx.x], 1);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -60,6 +77,9 @@ int main(int argc, char** argv) {
       {"diverging_barriers", diverging_kernel},
       {"split_barrier", split_kernel},
       {"early_exit", early_exit_kernel},
+      {"shuffle", shuffle_kernel},
+      {"absent_lane", absent_lane_kernel},
+      {"partial_mask", partial_mask_kernel},
   };
   const auto kernel = kernels.at(name);
   const size_t in_count = name == "beyond_global" ? kThreads - 1 : kThreads;

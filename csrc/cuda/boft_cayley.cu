@@ -1,0 +1,102 @@
+// The operators fastpeft::cayley_fwd and cayley_bwd on CUDA tensors. Schemas and fakes: fastpeft/ops/boft.py; maths:
+// boft_cayley.cuh.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "cuda/boft_cayley.cuh"
+
+namespace fastpeft {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kDefaultSharedBytes = 48 << 10;  // a kernel has to ask for more than this
+
+void check_blocks(const Tensor& blocks, const char* name) {
+  STD_TORCH_CHECK(blocks.is_cuda(), "cayley: ", name, " must be on a GPU, it is not");
+  STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Float, "cayley: ", name, " must be float32, got ",
+                  blocks.scalar_type());
+  STD_TORCH_CHECK(blocks.dim() == 4, "cayley: ", name, " must have shape (factors, features / b, b, b), got ",
+                  blocks.dim(), " dimensions");
+  STD_TORCH_CHECK(blocks.size(2) == blocks.size(3), "cayley: ", name,
+                  " must have shape (factors, features / b, b, b), got (", blocks.size(0), ", ", blocks.size(1), ", ",
+                  blocks.size(2), ", ", blocks.size(3), ")");
+}
+
+// Launches a kernel over all of `blocks`. `arguments` comes first; the kernel asks for more shared memory where it
+// needs it.
+template <typename Kernel, typename... Arguments>
+void launch_cayley(Kernel kernel, const CayleyPlan& plan, const Tensor& blocks, Arguments... arguments) {
+  if (plan.shared_bytes > kDefaultSharedBytes) {
+    STD_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)));
+  }
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(blocks.get_device_index(), &stream));
+  const int64_t b = blocks.size(3);
+  kernel<<<plan.grid, plan.block, static_cast<size_t>(plan.shared_bytes), static_cast<cudaStream_t>(stream)>>>(
+      arguments..., blocks.numel() / b, static_cast<int>(b));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+CayleyPlan plan_for(const Tensor& blocks, const char* name) {
+  const CayleyPlan plan = plan_cayley(blocks.size(0) * blocks.size(1), blocks.size(3));
+  STD_TORCH_CHECK(plan.error == nullptr, "cayley: ", name, " of shape (", blocks.size(0), ", ", blocks.size(1), ", ",
+                  blocks.size(2), ", ", blocks.size(3), "): ", plan.error);
+  return plan;
+}
+
+Tensor allocate_like(const Tensor& blocks) {
+  return torch::stable::new_empty(blocks, {blocks.size(0), blocks.size(1), blocks.size(2), blocks.size(3)});
+}
+
+// The orthogonal blocks of the trained ones.
+Tensor cayley_fwd(const Tensor& r_any) {
+  check_blocks(r_any, "boft_R");
+  const torch::stable::accelerator::DeviceGuard guard(r_any.get_device_index());
+  const Tensor q = allocate_like(r_any);
+  if (q.numel() == 0) return q;
+  const CayleyPlan plan = plan_for(r_any, "boft_R");
+  const Tensor r = torch::stable::contiguous(r_any);
+  with_cayley_kernel_size(cayley_kernel_size(r.size(3)), [&]<int B>() {
+    launch_cayley(cayley_fwd_kernel<B>, plan, r, static_cast<const float*>(r.const_data_ptr()),
+                  static_cast<float*>(q.mutable_data_ptr()));
+  });
+  return q;
+}
+
+Tensor cayley_bwd(const Tensor& grad_any, const Tensor& q_any) {
+  check_blocks(grad_any, "grad");
+  check_blocks(q_any, "blocks");
+  STD_TORCH_CHECK(grad_any.get_device_index() == q_any.get_device_index(),
+                  "cayley: grad must be on the device of blocks, GPU ", q_any.get_device_index(), ", got GPU ",
+                  grad_any.get_device_index());
+  STD_TORCH_CHECK(
+      grad_any.size(0) == q_any.size(0) && grad_any.size(1) == q_any.size(1) && grad_any.size(2) == q_any.size(2),
+      "cayley: grad must have the shape of blocks, (", q_any.size(0), ", ", q_any.size(1), ", ", q_any.size(2), ", ",
+      q_any.size(3), "), got (", grad_any.size(0), ", ", grad_any.size(1), ", ", grad_any.size(2), ", ",
+      grad_any.size(3), ")");
+  const torch::stable::accelerator::DeviceGuard guard(q_any.get_device_index());
+  const Tensor dr = allocate_like(q_any);
+  if (dr.numel() == 0) return dr;
+  const CayleyPlan plan = plan_for(q_any, "blocks");
+  const Tensor grad = torch::stable::contiguous(grad_any), q = torch::stable::contiguous(q_any);
+  with_cayley_kernel_size(cayley_kernel_size(q.size(3)), [&]<int B>() {
+    launch_cayley(cayley_bwd_kernel<B>, plan, q, static_cast<const float*>(grad.const_data_ptr()),
+                  static_cast<const float*>(q.const_data_ptr()), static_cast<float*>(dr.mutable_data_ptr()));
+  });
+  return dr;
+}
+
+}  // namespace
+}  // namespace fastpeft
+
+STABLE_TORCH_LIBRARY_IMPL(fastpeft, CUDA, m) {
+  m.impl("cayley_fwd", TORCH_BOX(&fastpeft::cayley_fwd));
+  m.impl("cayley_bwd", TORCH_BOX(&fastpeft::cayley_bwd));
+}

@@ -1,0 +1,151 @@
+"""Builds csrc/cuda for the tests: for a CPU with the stand-ins in tests/cuda_host, and for GPUs that are not here.
+
+cuda_figures.json holds registers and static shared memory of every kernel as they were committed; a change has to be
+looked at, and either mended or written down. They belong to one release of nvcc, and are compared under that alone.
+
+    python tests/cuda_build.py --write boft boft_cayley     # compiles these csrc/cuda/*.cu and renews their figures
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA_HOST = ROOT / "tests" / "cuda_host"
+FIGURES = ROOT / "tests" / "cuda_figures.json"
+CXX = shutil.which(os.environ.get("CXX", "g++"))
+NVCC = shutil.which("nvcc")
+ARCHS = ("80", "90a", "100")
+
+SM_90_SHARED = 227 << 10  # bytes of shared memory a thread block can have
+SM_80_SHARED = 163 << 10
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+needs_cxx = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+
+
+def has_gpu_kernel(name: str) -> bool:
+    """Whether there is a GPU, and an extension with kernels for it."""
+    import fastpeft  # noqa: F401
+
+    return torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastpeft::{name}", "CUDA")
+
+
+def replayed(call: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """What the call gives when it is captured in a CUDA graph and the graph is run."""
+    call()  # whatever is set up once is set up now
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return [result.clone() for result in results]
+
+
+def host_builder(folder: Path) -> Callable[[str], Path]:
+    """build(name) compiles tests/cuda_host/<name>.cpp once and returns the program."""
+
+    def build(name: str) -> Path:
+        program = folder / name
+        if not program.exists():
+            flags = "-std=c++20 -Og -g1 -Wall -Werror -Wno-unknown-pragmas"
+            sanitizers = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+            includes = [f"-I{CUDA_HOST}", f"-I{ROOT / 'csrc'}"]
+            command = [CXX, *flags.split(), *sanitizers.split(), *includes, CUDA_HOST / f"{name}.cpp", "-o", program]
+            subprocess.run(command, check=True)
+        return program
+
+    return build
+
+
+def write_raw(path: Path, tensor: torch.Tensor) -> None:
+    path.write_bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+
+
+def read_raw(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    numel = torch.Size(shape).numel()
+    return torch.frombuffer(bytearray(path.read_bytes() or b"\0\0\0\0"), dtype=dtype)[:numel].reshape(*shape)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas says about one kernel on one GPU."""
+
+    name: str  # mangled
+    arch: str
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    registers: int
+    shared: int  # static, in bytes
+
+
+def compile_device(stem: str, folder: Path) -> list[Kernel]:
+    """Compiles csrc/cuda/<stem>.cu for all of ARCHS."""
+    flags = "-std=c++20 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 -Xptxas -v --threads 0 -c".split()
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    flags += [f"-I{ROOT / 'csrc'}", *(f"-isystem={path}" for path in include_paths("cpu"))]
+    command = [NVCC, *flags, ROOT / "csrc" / "cuda" / f"{stem}.cu", "-o", folder / f"{stem}.o"]
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers(?:[^\n]*?, (\d+) bytes smem)?",
+        result.stdout + result.stderr,
+        re.DOTALL,
+    )
+    return [Kernel(name, arch, *(int(number or 0) for number in numbers)) for name, arch, *numbers in kernels]
+
+
+def nvcc_release() -> str:
+    return re.search(r"\bV(\d\S*)", subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout)[1]
+
+
+def figures_of(kernels: Sequence[Kernel]) -> dict[str, str]:
+    return {
+        f"{kernel.name} sm_{kernel.arch}": f"{kernel.registers} registers, {kernel.shared} bytes"
+        for kernel in sorted(kernels, key=lambda kernel: (kernel.name, ARCHS.index(kernel.arch)))
+    }
+
+
+def check_figures(stem: str, kernels: Sequence[Kernel]) -> None:
+    """No kernel spills, and all are as they were committed, where nvcc is the same."""
+    for kernel in kernels:
+        spills = (kernel.stack, kernel.spill_stores, kernel.spill_loads)
+        assert spills == (0, 0, 0), f"{kernel.name} spills on sm_{kernel.arch}"
+    known = json.loads(FIGURES.read_text())
+    if known["nvcc"] == nvcc_release():
+        assert figures_of(kernels) == known[stem], "see cuda_figures.json"
+
+
+def write_figures(stems: Sequence[str]) -> None:
+    figures = {}
+    for stem in stems:
+        with tempfile.TemporaryDirectory() as folder:
+            figures[stem] = figures_of(compile_device(stem, Path(folder)))
+    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}  # now: compiling took its time
+    if known.get("nvcc") != nvcc_release():
+        known = {"nvcc": nvcc_release()}
+    FIGURES.write_text(json.dumps(known | figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["--write"]:
+        sys.exit(__doc__)
+    write_figures(sys.argv[2:])
