@@ -1,0 +1,376 @@
+// The operators fastpeft::fourier_fwd and fourier_bwd on CUDA tensors. Schemas and fakes: fastpeft/ops/fourierft.py;
+// maths: fourierft.cuh.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <array>
+#include <list>
+#include <mutex>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cuda/fourierft.cuh"
+
+namespace fastpeft::fourier {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kDefaultSharedBytes = 48 << 10;  // a kernel has to ask for more than this
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tables on the device, built on first use and kept.
+
+struct DeviceTables {
+  int device, length;
+  Transform transform;
+  void* memory;
+  bool captured;  // a CUDA graph has these pointers
+};
+
+// Copies a length's tables to the current device; waits for that.
+DeviceTables upload(int device, int length, cudaStream_t stream) {
+  Tables tables = make_tables(length);
+  const size_t table_bytes = tables.table.size() * sizeof(float2);
+  const size_t position_bytes = tables.position.size() * sizeof(int);
+  void* memory = nullptr;
+  STD_CUDA_CHECK(cudaMalloc(&memory, table_bytes + position_bytes));
+  int* position = reinterpret_cast<int*>(static_cast<char*>(memory) + table_bytes);
+  cudaError_t error = cudaMemcpyAsync(memory, tables.table.data(), table_bytes, cudaMemcpyHostToDevice, stream);
+  if (error == cudaSuccess) {
+    error = cudaMemcpyAsync(position, tables.position.data(), position_bytes, cudaMemcpyHostToDevice, stream);
+  }
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  if (error != cudaSuccess) cudaFree(memory);
+  STD_CUDA_CHECK(error);
+  tables.transform.table = static_cast<const float2*>(memory);
+  tables.transform.position = position;
+  return {device, length, tables.transform, memory, false};
+}
+
+// The transform of a length on the current device; the caller has a plan for it. Nothing is uploaded while a CUDA graph
+// is captured, and what graphs have is never freed.
+Transform transform_of(int64_t length, int device, cudaStream_t stream) {
+  constexpr size_t kKept = 64;  // some 20 bytes for each unit of length
+  static std::mutex mutex;
+  static auto* const known = new std::list<DeviceTables>;  // most recently used first; CUDA ends before destructors run
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
+  const bool capturing = capture != cudaStreamCaptureStatusNone;
+  const std::lock_guard lock(mutex);
+  const auto found = std::find_if(known->begin(), known->end(), [&](const DeviceTables& tables) {
+    return tables.device == device && tables.length == length;
+  });
+  if (found != known->end()) {
+    known->splice(known->begin(), *known, found);
+  } else {
+    STD_TORCH_CHECK(!capturing, "fourier: the first call with ", length,
+                    " features on a GPU has tables to upload: call it once before the CUDA graph is captured");
+    known->push_front(upload(device, static_cast<int>(length), stream));
+    auto oldest = known->end();
+    while (known->size() > kKept && --oldest != known->begin()) {
+      if (oldest->captured) continue;
+      STD_CUDA_CHECK(cudaFree(oldest->memory));  // waits for kernels that read it
+      oldest = known->erase(oldest);
+    }
+  }
+  known->front().captured |= capturing;
+  return known->front().transform;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launches.
+
+struct Device {
+  int index;
+  cudaStream_t stream;
+
+  explicit Device(int index) : index(index) {
+    void* current = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
+    return value;
+  }
+};
+
+using Kernel = void (*)(Arguments);
+
+template <typename T>
+Kernel kernel_for(bool is_short) {
+  return is_short ? fourier_kernel<T, ShortSignals> : fourier_kernel<T, LongSignals>;
+}
+
+Kernel kernel_for(ScalarType type, bool is_short) {
+  return type == ScalarType::Float      ? kernel_for<float>(is_short)
+         : type == ScalarType::BFloat16 ? kernel_for<__nv_bfloat16>(is_short)
+                                        : kernel_for<__half>(is_short);
+}
+
+// A kernel and its launch, with everything that does not depend on tensors in its arguments.
+struct Launch {
+  Device device;
+  Plan plan;
+  Kernel kernel;
+  Arguments args{};
+
+  Launch(const Tensor& like, int64_t tokens, int64_t source_length, int64_t target_length, double scale)
+      : device(like.get_device_index()) {
+    const int64_t max_shared_bytes = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    plan = plan_fourier(tokens, source_length, target_length, 0, max_shared_bytes);
+    STD_TORCH_CHECK(plan.error == nullptr, "fourier: from ", source_length, " to ", target_length,
+                    " features: ", plan.error, " (", max_shared_bytes, " bytes on this GPU)");
+    kernel = kernel_for(like.scalar_type(), plan.is_short);
+    if (plan.shared_bytes > kDefaultSharedBytes) {
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(plan.shared_bytes)));
+    }
+    args.tokens = tokens;
+    args.scale = static_cast<float>(scale);
+    args.transform[0] = transform_of(source_length, device.index, device.stream);
+    args.transform[1] = transform_of(target_length, device.index, device.stream);
+  }
+
+  // As many blocks as run at the same time share the tokens: each has sums of its own.
+  void share_tokens(int64_t n) {
+    constexpr int64_t kMostSums = 1 << 22;
+    int per_multiprocessor = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &per_multiprocessor, kernel, static_cast<int>(plan.block.x), static_cast<size_t>(plan.shared_bytes)));
+    const int64_t at_once = int64_t(per_multiprocessor) * device.attribute(cudaDevAttrMultiProcessorCount);
+    const int64_t groups = std::clamp<int64_t>(kMostSums / std::max<int64_t>(n, 1), 1, std::max<int64_t>(at_once, 1));
+    plan.grid.x = static_cast<unsigned>(std::min<int64_t>(plan.grid.x, groups));
+  }
+
+  void run() const {
+    kernel<<<plan.grid, plan.block, static_cast<size_t>(plan.shared_bytes), device.stream>>>(args);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the operators ask of their tensors.
+
+void check_device(const Tensor& tensor, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), "fourier: ", name,
+                  " must be on GPU ", like.get_device_index());
+}
+
+Tensor reshaped(const Tensor& tensor, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(tensor.get(), int64_t(sizes.size()), sizes.data(), strides.data(), 0, &view));
+  return Tensor(view);
+}
+
+// (..., features) as rows with their elements side by side: a view where one stride leads from token to token, else a
+// copy.
+Tensor rows_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cuda(), "fourier: ", name, " must be on a GPU");
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "fourier: ", name, " must be float32, bfloat16 or float16, got ", type);
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(dims > 0, "fourier: ", name, " must have shape (..., features), got a scalar");
+  const int64_t features = x.size(dims - 1);
+  int64_t tokens = 1;
+  std::optional<int64_t> stride;
+  bool regular = features <= 1 || x.stride(dims - 1) == 1;
+  for (int64_t i = dims - 2; i >= 0; --i) {
+    if (x.size(i) == 1) continue;
+    if (!stride) stride = x.stride(i);
+    regular &= x.stride(i) == *stride * tokens;
+    tokens *= x.size(i);
+  }
+  if (regular) return reshaped(x, {tokens, features}, {stride.value_or(features), 1});
+  return reshaped(torch::stable::contiguous(x), {tokens, features}, {features, 1});
+}
+
+// Contiguous (tokens, features) with the leading sizes of x.
+Tensor like_rows(const Tensor& y, const Tensor& x) {
+  const int64_t dims = x.dim();
+  if (dims == 2) return y;
+  std::vector<int64_t> sizes(dims, y.size(1)), strides(dims, 1);
+  for (int64_t i = dims - 2; i >= 0; --i) {
+    sizes[i] = x.size(i);
+    strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
+  }
+  return reshaped(y, sizes, strides);
+}
+
+// An index table. That its numbers lie within bounds is its maker's to check: to look would be to wait for the GPU.
+const int* checked_table(const Tensor& table, const char* name, int64_t size, const Tensor& like) {
+  check_device(table, name, like);
+  STD_TORCH_CHECK(table.dim() == 1 && table.scalar_type() == ScalarType::Int && table.is_contiguous(),
+                  "fourier: ", name, " must be a contiguous int32 vector");
+  STD_TORCH_CHECK(table.size(0) == size, "fourier: ", name, " must have ", size, " entries, got ", table.size(0));
+  return static_cast<const int*>(table.const_data_ptr());
+}
+
+void check_mix(const Tensor& spectrum, const Tensor& offsets, const Tensor& like) {
+  check_device(spectrum, "spectrum", like);
+  STD_TORCH_CHECK(spectrum.dim() == 1 && spectrum.scalar_type() == ScalarType::Float && spectrum.size(0) < 1 << 30,
+                  "fourier: spectrum must be a float32 vector of less than 2^30 numbers");
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, "fourier: offsets must have an entry more than bins");
+}
+
+void check_weight(const std::optional<Tensor>& weight, const Tensor& x, int64_t out_features, int64_t in_features) {
+  if (!weight) return;
+  check_device(*weight, "weight", x);
+  STD_TORCH_CHECK(weight->dim() == 2 && weight->size(0) == out_features && weight->size(1) == in_features &&
+                      weight->scalar_type() == x.scalar_type(),
+                  "fourier: weight must have shape (", out_features, ", ", in_features, ") and the dtype of x");
+}
+
+void set_mix(Arguments& args, const Tensor& spectrum, const Tensor& offsets, const Tensor& sources,
+             const Tensor& entries) {
+  const int64_t samples = sources.numel();
+  args.offsets = checked_table(offsets, "offsets", offsets.size(0), spectrum);
+  args.sources = checked_table(sources, "sources", samples, spectrum);
+  args.entries = checked_table(entries, "entries", samples, spectrum);
+  args.spectrum = static_cast<const float*>(spectrum.const_data_ptr());
+  args.spectrum_stride = spectrum.stride(0);
+}
+
+Rows rows_from(const Tensor& x) { return {x.const_data_ptr(), x.stride(0)}; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The operators.
+
+// y = x W^T + b + delta(x). The mix takes bins of x to bins of y; scale is alpha / (d1 d2).
+Tensor fourier_fwd(const Tensor& x_any, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                   const Tensor& spectrum, const Tensor& offsets, const Tensor& sources, const Tensor& entries,
+                   double scale) {
+  const Tensor x = rows_of(x_any, "x");
+  check_mix(spectrum, offsets, x);
+  const int64_t tokens = x.size(0), in_features = x.size(1), out_features = offsets.size(0) - 1;
+  check_weight(weight, x, out_features, in_features);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const bool empty = tokens == 0 || out_features == 0 || in_features == 0 || spectrum.size(0) == 0;
+  const Tensor y = empty && !weight ? torch::stable::new_zeros(x, {tokens, out_features})
+                                    : torch::stable::new_empty(x, {tokens, out_features});
+  if (weight) {
+    const Tensor by = reshaped(*weight, {in_features, out_features}, {weight->stride(1), weight->stride(0)});
+    if (bias) {
+      check_device(*bias, "bias", x);
+      STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features && bias->scalar_type() == x.scalar_type(),
+                      "fourier: bias must be a vector of ", out_features, " entries in the dtype of x");
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), bias->get(), x.get(), by.get(), 1.0, 1.0));
+    } else {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(y.get(), x.get(), by.get()));
+    }
+  }
+  if (!empty) {
+    Launch launch(x, tokens, in_features, out_features, scale);
+    set_mix(launch.args, spectrum, offsets, sources, entries);
+    launch.args.source = rows_from(x);
+    if (weight) launch.args.base = rows_from(y);
+    launch.args.y = y.mutable_data_ptr();
+    launch.args.y_stride = out_features;
+    launch.run();
+  }
+  return like_rows(y, x_any);
+}
+
+// Gradients of x and, if x is given, of the spectrum; one that is not asked for comes back empty. The mix takes bins of
+// grad to bins of dx.
+std::tuple<Tensor, Tensor> fourier_bwd(const Tensor& grad_any, const std::optional<Tensor>& x_any,
+                                       const std::optional<Tensor>& weight, const Tensor& spectrum, const Tensor& rows,
+                                       const Tensor& cols, const Tensor& offsets, const Tensor& sources,
+                                       const Tensor& entries, double scale, bool need_x) {
+  const Tensor grad = rows_of(grad_any, "grad");
+  check_mix(spectrum, offsets, grad);
+  const int64_t tokens = grad.size(0), out_features = grad.size(1), in_features = offsets.size(0) - 1;
+  const int64_t n = spectrum.size(0);
+  check_weight(weight, grad, out_features, in_features);
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  std::optional<Tensor> x;
+  if (x_any) {
+    x = rows_of(*x_any, "x");
+    check_device(*x, "x", grad);
+    STD_TORCH_CHECK(x->size(0) == tokens && x->size(1) == in_features && x->scalar_type() == grad.scalar_type(),
+                    "fourier: x must have shape (..., ", in_features, "), and the tokens and the dtype of grad");
+  }
+  const bool empty = tokens == 0 || out_features == 0 || in_features == 0 || n == 0;
+  const std::vector<int64_t> dx_sizes{need_x ? tokens : 0, in_features}, sum_sizes{x ? n : 0};
+  const Tensor dx =
+      empty && !weight ? torch::stable::new_zeros(grad, dx_sizes) : torch::stable::new_empty(grad, dx_sizes);
+  const Tensor sums =
+      empty ? torch::stable::new_zeros(spectrum, sum_sizes) : torch::stable::new_empty(spectrum, sum_sizes);
+  if (need_x && weight) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(dx.get(), grad.get(), weight->get()));
+  }
+  const std::tuple<Tensor, Tensor> result{need_x ? like_rows(dx, grad_any) : dx, sums};
+  if (empty || (!need_x && !x)) return result;
+
+  Launch launch(grad, tokens, out_features, in_features, scale);
+  Arguments& args = launch.args;
+  set_mix(args, spectrum, offsets, sources, entries);
+  args.source = rows_from(grad);
+  if (need_x) {
+    if (weight) args.base = rows_from(dx);
+    args.y = dx.mutable_data_ptr();
+    args.y_stride = in_features;
+  }
+  if (!x) {
+    launch.run();
+    return result;
+  }
+  launch.share_tokens(n);
+  const int64_t groups = launch.plan.grid.x;
+  const Tensor kept = torch::stable::new_empty(spectrum, {groups, n, 4});
+  const Tensor partials = torch::stable::new_empty(spectrum, {groups, n});
+  args.x = rows_from(*x);
+  args.rows = checked_table(rows, "rows", n, grad);
+  args.cols = checked_table(cols, "cols", n, grad);
+  args.n = static_cast<int>(n);
+  args.kept = static_cast<float4*>(kept.mutable_data_ptr());
+  args.partials = static_cast<float*>(partials.mutable_data_ptr());
+  launch.run();
+  sum_partials_kernel<<<static_cast<unsigned>((n + kSumLanes - 1) / kSumLanes), dim3(kSumLanes, kSumSlices),
+                        kSumSharedBytes, launch.device.stream>>>(
+      args.partials, static_cast<float*>(sums.mutable_data_ptr()), static_cast<int>(groups), args.n, args.scale);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return result;
+}
+
+// W + delta, rounded once. The mix takes bins of the rows of W to bins of its columns, as that of the gradient of x.
+Tensor fourier_merge(const Tensor& weight_any, const Tensor& spectrum, const Tensor& offsets,
+                                      const Tensor& sources, const Tensor& entries, double scale) {
+  STD_TORCH_CHECK(weight_any.dim() == 2, "fourier: weight must have two dimensions, got ", weight_any.dim());
+  const Tensor weight = rows_of(weight_any, "weight");
+  check_mix(spectrum, offsets, weight);
+  const int64_t out_features = weight.size(0), in_features = weight.size(1);
+  STD_TORCH_CHECK(offsets.size(0) == in_features + 1, "fourier: offsets must have ", in_features + 1, " entries, got ",
+                  offsets.size(0));
+  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
+  const Tensor merged = torch::stable::new_empty(weight, {out_features, in_features});
+  if (merged.numel() == 0) return merged;
+  Launch launch(weight, out_features, out_features, in_features, scale);
+  set_mix(launch.args, spectrum, offsets, sources, entries);
+  launch.args.base = rows_from(weight);
+  launch.args.y = merged.mutable_data_ptr();
+  launch.args.y_stride = in_features;
+  launch.run();
+  return merged;
+}
+
+}  // namespace
+}  // namespace fastpeft::fourier
+
+STABLE_TORCH_LIBRARY_IMPL(fastpeft, CUDA, m) {
+  m.impl("fourier_fwd", TORCH_BOX(&fastpeft::fourier::fourier_fwd));
+  m.impl("fourier_bwd", TORCH_BOX(&fastpeft::fourier::fourier_bwd));
+  m.impl("fourier_merge", TORCH_BOX(&fastpeft::fourier::fourier_merge));
+}
