@@ -1,0 +1,209 @@
+// Runs the kernel of csrc/cuda/low_rank_many.cuh on the CPU, launched as its plan says.
+// tests/test_cuda_low_rank_many.py builds and calls it:
+//
+//   run_low_rank_many plan tokens in out shard_bytes processors
+//       prints the plan
+//   run_low_rank_many run dtype shard_dtype key=value ...
+//       runs the kernel once for every seed, checks that what lies between the rows of y stays as it is, and that every
+//       seed gives the same bits, and writes them
+//
+// Numbers: tokens, in, out, per_row, count_A, count_B, rows, adapters, processors, seeds; x_stride and y_stride between
+// rows; x_offset, y_offset, A_offset and B_offset, elements from a 16-byte boundary. Files: x, y, shards_A, shards_B,
+// first, scaling, adapter, and index_A and index_B unless row j is shard j; result is written. The buffers have no byte
+// more than the tensors, except that rows of y far apart are in memory that is only touched where there are rows.
+#include <sys/mman.h>
+
+#include <fstream>
+#include <iostream>
+#include <map>
+#include <string>
+
+#include "cuda/low_rank_many.cuh"
+
+namespace fastpeft::many {
+
+float4 shared_memory[(48 << 10) / sizeof(float4)];
+
+namespace {
+
+[[noreturn]] void fail(const std::string& message) {
+  std::cerr << "run_low_rank_many: " << message << "\n";
+  std::exit(1);
+}
+
+// `bytes` of memory that end where the allocation ends and begin `offset` bytes behind a 16-byte boundary; all ones.
+class Buffer {
+ public:
+  Buffer(size_t bytes, size_t offset) : memory_(new char[offset + bytes]), data_(memory_.get() + offset) {
+    std::memset(memory_.get(), 0xff, offset + bytes);
+  }
+  template <typename T = char>
+  T* as() const {
+    return reinterpret_cast<T*>(data_);
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  char* data_;
+};
+
+class Options {
+ public:
+  Options(int argc, char** argv) {
+    for (int i = 0; i < argc; ++i) {
+      const std::string option = argv[i];
+      const size_t middle = option.find('=');
+      if (middle == std::string::npos) fail("no value in " + option);
+      values_[option.substr(0, middle)] = option.substr(middle + 1);
+    }
+  }
+  bool has(const std::string& name) const { return values_.contains(name); }
+  const std::string& text(const std::string& name) const {
+    if (!has(name)) fail(name + " is missing");
+    return values_.at(name);
+  }
+  int64_t number(const std::string& name) const { return std::stoll(text(name)); }
+  size_t size(const std::string& name) const { return static_cast<size_t>(number(name)); }
+
+  std::string content(const std::string& name, size_t bytes) const {
+    std::ifstream file(text(name), std::ios::binary);
+    const std::string content(std::istreambuf_iterator<char>(file), {});
+    if (content.size() != bytes) fail(name + " does not have " + std::to_string(bytes) + " bytes");
+    return content;
+  }
+  Buffer file(const std::string& name, size_t bytes, size_t offset = 0) const {
+    Buffer buffer(bytes, offset);
+    std::memcpy(buffer.as(), content(name, bytes).data(), bytes);
+    return buffer;
+  }
+
+ private:
+  std::map<std::string, std::string> values_;
+};
+
+template <typename T>
+Element element_of() {
+  if constexpr (sizeof(T) == 4) return Element::kFloat32;
+  return std::is_same_v<T, __half> ? Element::kFloat16 : Element::kBFloat16;
+}
+
+// Rows of `row_bytes`, `stride` bytes apart.
+void spread(const std::string& rows, size_t row_bytes, size_t stride, char* to) {
+  for (size_t row = 0; row * row_bytes < rows.size(); ++row) {
+    std::memcpy(to + row * stride, rows.data() + row * row_bytes, row_bytes);
+  }
+}
+
+template <typename T, typename S>
+void run(const Options& options) {
+  const size_t tokens = options.size("tokens"), in = options.size("in"), out = options.size("out");
+  const size_t per_row = options.size("per_row"), rows = options.size("rows"), adapters = options.size("adapters");
+  const size_t count_a = options.size("count_A"), count_b = options.size("count_B");
+  const size_t x_stride = options.size("x_stride"), y_stride = options.size("y_stride");
+
+  const Buffer x(((tokens - 1) * x_stride + in) * sizeof(T), options.size("x_offset") * sizeof(T));
+  spread(options.content("x", tokens * in * sizeof(T)), in * sizeof(T), x_stride * sizeof(T), x.as());
+  const std::string y_before = options.content("y", tokens * out * sizeof(T));
+  const size_t y_bytes = ((tokens - 1) * y_stride + out) * sizeof(T);
+  const Buffer a = options.file("shards_A", count_a * in / per_row * sizeof(S), options.size("A_offset") * sizeof(S));
+  const Buffer b = options.file("shards_B", count_b * out / per_row * sizeof(S), options.size("B_offset") * sizeof(S));
+  const size_t index_bytes = options.has("index_A") ? rows * per_row * sizeof(int) : 0;
+  const Buffer index_a = index_bytes ? options.file("index_A", index_bytes) : Buffer(0, 0);
+  const Buffer index_b = index_bytes ? options.file("index_B", index_bytes) : Buffer(0, 0);
+  const Buffer first = options.file("first", (adapters + 1) * sizeof(int));
+  const Buffer scaling = options.file("scaling", adapters * sizeof(float));
+  const Buffer adapter = options.file("adapter", tokens * sizeof(int));
+
+  const auto shards = [&](const Buffer& data, const Buffer& index, size_t count, size_t features) {
+    return Shards{
+        .shards = data.as(),
+        .index = index_bytes ? index.as<int>() : nullptr,
+        .count = static_cast<int>(count),
+        .width = static_cast<int>(features / per_row),
+        .per_row = static_cast<int>(per_row),
+        .packed = shards_are_packed(data.as(), static_cast<int64_t>(features / per_row), sizeof(S)),
+    };
+  };
+  const Plan plan = plan_low_rank_many(static_cast<int64_t>(tokens), static_cast<int64_t>(in),
+                                       static_cast<int64_t>(out), sizeof(S), options.number("processors"));
+  if (plan.error) fail(plan.error);
+  Arguments args{
+      .element = element_of<T>(),
+      .x = x.as(),
+      .y = nullptr,
+      .x_row_stride = static_cast<int64_t>(x_stride),
+      .y_row_stride = static_cast<int64_t>(y_stride),
+      .in = static_cast<int>(in),
+      .out = static_cast<int>(out),
+      .a = shards(a, index_a, count_a, in),
+      .b = shards(b, index_b, count_b, out),
+      .first = first.as<int>(),
+      .scaling = scaling.as<float>(),
+      .adapter = adapter.as<int>(),
+      .adapters = static_cast<int>(adapters),
+      .rows = static_cast<int>(rows),
+      .ranges = plan.ranges,
+      .outputs = plan.outputs,
+      .front_floats = plan.front_floats,
+  };
+  const bool far = y_bytes > size_t{1} << 30;
+  std::string first_bits;
+  for (unsigned seed = 0; seed < options.size("seeds"); ++seed) {
+    const Buffer near_y(far ? 0 : y_bytes, options.size("y_offset") * sizeof(T));
+    char* y = near_y.as();
+    if (far) {
+      void* const map =
+          mmap(nullptr, y_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (map == MAP_FAILED) fail("no memory for rows so far apart");
+      y = static_cast<char*>(map);
+    }
+    spread(y_before, out * sizeof(T), y_stride * sizeof(T), y);
+    args.y = y;
+    cuda_host::launch(plan.grid, plan.block, std::as_writable_bytes(std::span(shared_memory)),
+                      static_cast<size_t>(plan.shared_bytes), seed, [&] { low_rank_many_kernel<S>(args); });
+    std::string bits;
+    for (size_t row = 0; row < tokens; ++row) {
+      const char* const begin = y + row * y_stride * sizeof(T);
+      bits.append(begin, out * sizeof(T));
+      const size_t gap = row + 1 < tokens && !far ? (y_stride - out) * sizeof(T) : 0;
+      if (std::string(begin + out * sizeof(T), gap) != std::string(gap, '\xff')) fail("wrote between rows of y");
+    }
+    if (far) munmap(y, y_bytes);
+    if (seed == 0) first_bits = bits;
+    if (bits != first_bits) fail("the order of the threads changes the result, seed " + std::to_string(seed));
+  }
+  const std::string& path = options.text("result");
+  if (!std::ofstream(path, std::ios::binary)
+           .write(first_bits.data(), static_cast<std::streamsize>(first_bits.size()))) {
+    fail("cannot write " + path);
+  }
+}
+
+// Calls f with the type of that name as a template argument.
+template <typename F>
+void with_dtype(const std::string& name, F&& f) {
+  if (name == "float32") return f.template operator()<float>();
+  if (name == "float16") return f.template operator()<__half>();
+  if (name == "bfloat16") return f.template operator()<__nv_bfloat16>();
+  fail("unknown dtype " + name);
+}
+
+}  // namespace
+}  // namespace fastpeft::many
+
+int main(int argc, char** argv) {
+  using namespace fastpeft::many;
+  const std::string mode = argc > 1 ? argv[1] : "";
+  if (mode == "plan" && argc == 7) {
+    const Plan plan = plan_low_rank_many(std::stoll(argv[2]), std::stoll(argv[3]), std::stoll(argv[4]),
+                                         std::stoi(argv[5]), std::stoll(argv[6]));
+    if (plan.error) fail(plan.error);
+    std::cout << "{\"grid\": " << plan.grid.x << ", \"threads\": " << plan.block.x
+              << ", \"shared_bytes\": " << plan.shared_bytes << ", \"ranges\": " << plan.ranges
+              << ", \"outputs\": " << plan.outputs << "}\n";
+    return 0;
+  }
+  if (mode != "run" || argc < 4) fail("see the top of run_low_rank_many.cpp");
+  const Options options(argc - 4, argv + 4);
+  with_dtype(argv[2], [&]<typename T>() { with_dtype(argv[3], [&]<typename S>() { run<T, S>(options); }); });
+}
