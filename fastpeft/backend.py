@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -75,6 +76,24 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+def where_it_fits(backend: str, x: Tensor, fits: Callable[[int], bool]) -> str:
+    """The composition in place of a CUDA C++ kernel that has no room for a shape, unless that was asked for by name.
+
+    Args:
+        backend: what was chosen.
+        x: where it would run.
+        fits: whether a shape fits so many bytes of shared memory.
+    """
+    if backend != "native" or not x.is_cuda or _forced is not None:
+        return backend
+    return backend if fits(_shared_memory(x.device)) else "torch"
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def interpreting() -> bool:

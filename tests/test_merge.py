@@ -246,7 +246,7 @@ def test_a_merge_that_breaks_off_is_taken_back(method: Method, error: type[BaseE
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(type(adapter), "rotate_weight" if adapter.rotates else "delta_weight", fail_for(adapter, fail))
+    monkeypatch.setattr(type(adapter), "rotate_weight" if adapter.rotates else "add_to_weight", fail_for(adapter, fail))
     with pytest.raises(error):
         fastpeft.merge(model)
     monkeypatch.undo()
@@ -254,7 +254,7 @@ def test_a_merge_that_breaks_off_is_taken_back(method: Method, error: type[BaseE
 
 
 def fail_for(adapter: nn.Module, fail: Callable) -> Callable:
-    original = type(adapter).rotate_weight if adapter.rotates else type(adapter).delta_weight
+    original = type(adapter).rotate_weight if adapter.rotates else type(adapter).add_to_weight
 
     def method(self, *args):
         return fail() if self is adapter else original(self, *args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 import fastpeft
 from fastpeft import functional, reference
 from fastpeft.backend import OPERATORS
+from fastpeft.ops import fourierft
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -353,3 +355,29 @@ def test_operators_are_declared_once_with_fakes():
         assert operator.schema.startswith(name)
         for lane, library in (("native", "fastpeft"), ("triton", "fastpeft_triton")):
             assert hasattr(getattr(torch.ops, library), name) == (lane in operator.order)
+
+
+# ---------------------------------------------------------------------- what CUDA kernels have room for
+
+
+def test_spectra_that_fit_a_gpu():
+    for length in (1, 768, 4096, 11008, 14336, 18944):
+        assert fourierft.spectra_fit((length, 4096), 227 << 10) and fourierft.spectra_fit((4096, length), 227 << 10)
+    assert fourierft.spectra_fit((18944, 3584), 163 << 10)  # an A100
+    assert not fourierft.spectra_fit((18944, 3584), 99 << 10)
+    assert not fourierft.spectra_fit((28672, 8192), 227 << 10)
+    assert fourierft.spectra_fit((8191, 8191), 227 << 10)  # a prime: 16384
+    assert not fourierft.spectra_fit((16381, 128), 227 << 10)
+
+
+def test_a_shape_that_does_not_fit_goes_to_the_composition(monkeypatch):
+    """On a GPU, and not where the kernel was asked for."""
+    monkeypatch.setattr(fastpeft.backend, "_shared_memory", lambda device: 1000)
+    x = mock.Mock(is_cuda=True)
+    for needed, chosen in ((1000, "native"), (1001, "torch")):
+        fits = needed.__le__
+        assert fastpeft.backend.where_it_fits("native", x, fits) == chosen
+        assert fastpeft.backend.where_it_fits("triton", x, fits) == "triton"
+        assert fastpeft.backend.where_it_fits("native", torch.empty(1), fits) == "native"
+        with fastpeft.use_backend("native"):
+            assert fastpeft.backend.where_it_fits("native", x, fits) == "native"

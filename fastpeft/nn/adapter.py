@@ -56,6 +56,10 @@ class Adapter(nn.Module):
         """ΔW, (out, in), in the dtype of the parameters or wider."""
         raise NotImplementedError
 
+    def add_to_weight(self, weight: Tensor) -> Tensor:
+        """weight + ΔW, (out, in), in the wider of their dtypes."""
+        return weight + self.delta_weight()
+
     def pre(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastpeft.config import AdapterConfig, require_bool, require_finite, require_int, require_pattern
 from fastpeft.nn.adapter import Adapter, Site, parameter_of
 from fastpeft.nn.linear import AdaptedLinear
-from fastpeft.ops.fourierft import Tables, apply_fourier, fourier_weight, make_tables
+from fastpeft.ops.fourierft import Tables, apply_fourier, fourier_weight, make_tables, merge_fourier
 
 
 @dataclass(kw_only=True)
@@ -118,6 +118,10 @@ class FourierFTAdapter(Adapter):
     def delta_weight(self) -> Tensor:
         rows, cols = (places.to(self.spectrum.device) for places in (self.places.rows, self.places.cols))
         return fourier_weight(self.spectrum, rows, cols, self.places.shape, self.scaling)
+
+    def add_to_weight(self, weight: Tensor) -> Tensor:
+        wide = weight.to(torch.promote_types(weight.dtype, self.spectrum.dtype))
+        return merge_fourier(wide, self.spectrum, self.places.tables(wide.device), self.scaling)
 
     def extra_repr(self) -> str:
         return f"n_frequency={self.n}, scaling={self.scaling:g}"

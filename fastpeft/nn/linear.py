@@ -101,7 +101,7 @@ class Adapted(nn.Module):
                     wide = adapter.rotate_weight(wide)
             for adapter in adapters:
                 if not adapter.rotates:
-                    wide = wide + adapter.delta_weight()
+                    wide = adapter.add_to_weight(wide)
             merged = wide.to(weight.dtype)
             if not bool(torch.isfinite(merged).all()):
                 raise ValueError(f"merging {', '.join(names)} gives a weight that is not finite")

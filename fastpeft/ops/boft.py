@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft import reference
-from fastpeft.backend import Operator, triton_available
+from fastpeft.backend import Operator, triton_available, where_it_fits
 from fastpeft.ops import base
 
 # Triton stands behind the library composition, here and below, until it has been measured on a GPU. It takes x as rows.
@@ -159,7 +159,7 @@ def boft_blocks(
 ) -> Tensor:  # (m, d / b, b, b), float32 or wider
     """The orthogonal blocks Q of the trained ones: Cayley of S = ½ (R − Rᵀ)."""
     wide = boft_R.to(torch.promote_types(boft_R.dtype, torch.float32))
-    backend = CAYLEY_FWD.choose(wide, wide)
+    backend = where_it_fits(CAYLEY_FWD.choose(wide, wide), wide, lambda _: wide.shape[-1] <= 64)
     if backend in ("native", "triton"):
         return BlocksFunction.apply(wide, backend)
     return cayley((wide - wide.mT) / 2)
@@ -229,13 +229,11 @@ class ButterflyFunction(torch.autograd.Function):
         x, blocks = ctx.saved_tensors
         need_x, need_blocks, _ = ctx.needs_input_grad
         x = grad if x is None else x  # a stand-in of the right shape: the values are not read
-        # What is native forward need not be so backward.
-        backend = ctx.backend if ctx.backend == "triton" else BUTTERFLY_BWD.choose(grad, blocks)
-        if backend == "native":
+        if ctx.backend == "native":
             dx, dblocks = BUTTERFLY_BWD.call("native", grad, x, blocks, need_x, need_blocks)
             return dx if need_x else None, dblocks if need_blocks else None, None
         arguments = base.as_rows(grad), base.as_rows(x), blocks, need_x, need_blocks
-        if backend == "triton":
+        if ctx.backend == "triton":
             dx, dblocks = BUTTERFLY_BWD.call("triton", *arguments)
         else:
             with base.without_autocast(grad):
@@ -310,7 +308,9 @@ def butterfly(
 
 def apply_butterfly(x: Tensor, blocks: Tensor) -> Tensor:
     """butterfly for arguments that are known to fit."""
-    backend = BUTTERFLY_FWD.choose(x, blocks)
+    # The backward holds a row of a window twice, in float32.
+    window = blocks.shape[-1] << (blocks.shape[0] - 1)
+    backend = where_it_fits(BUTTERFLY_FWD.choose(x, blocks), x, lambda shared_memory: 9 * window <= shared_memory)
     if backend == "reference":
         return reference.boft.butterfly(x, blocks)
     wide = torch.promote_types(torch.promote_types(blocks.dtype, x.dtype), torch.float32)
