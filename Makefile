@@ -24,7 +24,7 @@ bench: $(READY)  ## what layers and operators cost: minutes of an idle machine; 
 	$(PY) -m pytest bench --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 
 # Tests of the CPU lane, of files and of programs would say nothing new there, nor would compiling for absent chips.
-NOT_ON_GPU := native cpu_loops packaging finetune bench cli limits bad_files
+NOT_ON_GPU := native cpu_loops cuda_boft cuda_cayley cuda_fourierft cuda_low_rank_many packaging finetune bench cli limits bad_files
 GPU_TESTS = $(filter-out $(NOT_ON_GPU:%=tests/test_%.py),$(wildcard tests/test_*.py))
 
 # With the machine's own Python and torch, and nothing from a network: a CUDA build of torch is no small download.
@@ -33,6 +33,8 @@ gpu:  ## on a machine with a CUDA GPU, torch for CUDA, triton, pytest and maybe 
 	FASTPEFT_CUDA=1 $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation -e .
 	printf '%s\n' $(GPU_TESTS) | FASTPEFT_TEST_DEVICE=cuda TRITON_INTERPRET=0 OMP_NUM_THREADS=2 \
 		xargs -P 8 -n 1 $(PYTHON) -m pytest -q -k "not compiles"
+	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 9 \
+		$(PYTHON) -m pytest -q tests/test_cuda_*.py -k "on_a_gpu and not T2000 and not T4097" || exit 1; done
 	$(PYTHON) bench/gpu.py --markdown bench/gpu.md $(ARGS)
 
 lint: $(READY)

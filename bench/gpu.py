@@ -4,8 +4,9 @@
 
 Forward passes and training steps are captured in CUDA graphs and replayed, frozen and adapted in turn; a tax is the
 ratio of the two medians. What cannot be captured is timed by events around its calls, and marked with a star. fastpeft
-is timed as it chooses by itself and with its Triton kernels forced. Outputs are held against the formula in float64 on
-a few rows before anything is timed. Cells come in order of interest, and those that the time does not reach are named.
+is timed as it chooses by itself, which is CUDA C++ where that is compiled, with its Triton kernels forced, and as it is
+composed of PyTorch operations. Outputs are held against the formula in float64 on a few rows before anything is timed.
+Cells come in order of interest, and those that the time does not reach are named.
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ def contenders(name: str, base: nn.Linear, peft: Any) -> Iterator[tuple[str, nn.
     layer, formula = build_fastpeft(name, base)
     yield "fastpeft", layer, formula, None
     yield TRITON, layer, formula, "triton"
+    yield "fastpeft, composed", layer, formula, "torch"
     if peft is not None and hasattr(peft, METHODS[name].config_class):
         theirs, their_formula = build_peft(name, base, peft)
         yield "PEFT", theirs, their_formula, None

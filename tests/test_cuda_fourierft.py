@@ -18,10 +18,12 @@ from cuda_build import (
     SM_90_SHARED,
     check_figures,
     compile_device,
+    has_gpu_kernel,
     host_builder,
     needs_cxx,
     needs_nvcc,
     read_raw,
+    replayed,
     write_raw,
 )
 from torch import Tensor
@@ -287,6 +289,52 @@ def test_plan_takes_one_buffer(program, in_features, out_features, max_shared, t
 def test_plan_refuses_what_does_not_fit(program, in_features, out_features, max_shared, message):
     with pytest.raises(ValueError, match=message):
         plan(program, in_features, out_features, 5, 0, max_shared)
+
+
+GPU_CASES = [Case(1, 768, 768, 1000), Case(5, 1000, 384, 40), Case(3, 11008, 4096, 1000), Case(2000, 4096, 4096, 1000)]
+
+
+def run_operators(s: Sample, weight: Tensor) -> list[Tensor]:
+    mix, scale = s.tables.forward, SCALING / weight.numel()
+    places = (s.tables.rows, s.tables.cols, *s.tables.backward)
+    ops = torch.ops.fastpeft
+    y = ops.fourier_fwd(s.x, weight, None, s.spectrum, *mix, scale)
+    return [y, *ops.fourier_bwd(s.grad, s.x, weight, s.spectrum, *places, scale, True)]
+
+
+def moved(value, device: str):
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return type(value)(*(moved(item, device) for item in value)) if hasattr(value, "_fields") else value
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_operators_on_a_gpu(case, dtype, device="cuda"):
+    if not has_gpu_kernel("fourier_bwd") and device == "cuda":
+        pytest.skip("no GPU, or an extension without kernels for it")
+    s = sample(case, DTYPES[dtype])
+    weight = (torch.randn(s.shape, generator=torch.Generator().manual_seed(1)) / case.in_features**0.5).to(s.x.dtype)
+    rows, cols = s.tables.rows.long(), s.tables.cols.long()
+    products = torch.fft.fft(s.grad.double())[:, rows] * torch.fft.fft(s.x.double())[:, cols]
+    exact = [
+        s.x.double() @ weight.double().T + delta(s.x, s.spectrum, cols, rows, case.out_features),
+        s.grad.double() @ weight.double() + delta(s.grad, s.spectrum, rows, cols, case.in_features),
+        SCALING / weight.numel() * products.real.sum(0),
+    ]
+    y = fourierft.fourier_fwd(s.x, weight, None, s.spectrum, s.tables, s.shape, SCALING)
+    arguments = (s.grad, s.x, weight, s.spectrum, s.tables, s.shape, SCALING, (True, True))
+    composed = [y, *fourierft.fourier_bwd(*arguments)]
+    there, on_device = Sample(*(moved(getattr(s, f.name), device) for f in fields(s))), weight.to(device)
+    found = run_operators(there, on_device)
+    for value, exactly, plain in zip(found, exact, composed, strict=True):
+        check_error(value.cpu(), exactly, plain)
+    if device == "cuda":
+        again = replayed(lambda: run_operators(there, on_device))
+        assert all(torch.equal(value, other) for value, other in zip(found, again, strict=True))
+        merged = fourierft.merge_fourier(on_device, there.spectrum, there.tables, SCALING)
+        dense = fourierft._dense_weight(s.spectrum, rows, cols, s.shape, SCALING)
+        check_error(merged.cpu(), weight.double() + dense.double(), (weight.float() + dense).to(weight.dtype))
 
 
 @needs_nvcc

@@ -346,8 +346,8 @@ std::tuple<Tensor, Tensor> fourier_bwd(const Tensor& grad_any, const std::option
 }
 
 // W + delta, rounded once. The mix takes bins of the rows of W to bins of its columns, as that of the gradient of x.
-Tensor fourier_merge(const Tensor& weight_any, const Tensor& spectrum, const Tensor& offsets,
-                                      const Tensor& sources, const Tensor& entries, double scale) {
+Tensor fourier_merge(const Tensor& weight_any, const Tensor& spectrum, const Tensor& offsets, const Tensor& sources,
+                     const Tensor& entries, double scale) {
   STD_TORCH_CHECK(weight_any.dim() == 2, "fourier: weight must have two dimensions, got ", weight_any.dim());
   const Tensor weight = rows_of(weight_any, "weight");
   check_mix(spectrum, offsets, weight);
