@@ -17,7 +17,8 @@ from fastpeft import reference
 from fastpeft.backend import Operator, triton_available, where_it_fits
 from fastpeft.ops import base
 
-# Triton stands behind the library composition, here and below, until it has been measured on a GPU. It takes x as rows.
+# On a GPU CUDA C++ comes first by counting, not measured: x is read and y written once, where the composition passes
+# over them for every factor. Triton, which takes x as rows, stands behind the composition until it has met a GPU.
 BUTTERFLY_FWD = Operator(
     "butterfly_fwd(Tensor x, Tensor blocks) -> Tensor",
     fake=lambda x, blocks: x.new_empty(x.shape),

@@ -30,8 +30,9 @@ from fastpeft import reference
 from fastpeft.backend import Operator, triton_available, where_it_fits
 from fastpeft.ops import base
 
-# y, with the mix from bins of x to bins of y and scale = α / (d1 d2). Triton takes x as rows, and stands behind the
-# library composition until it has been measured on a GPU.
+# y, with the mix from bins of x to bins of y and scale = α / (d1 d2). On a GPU CUDA C++ comes first by counting, not
+# measured: one launch and 21 µs of memory traffic where the library's transforms need seven and 160 µs (an H200, 4096
+# features and tokens). Triton takes x as rows, and stands behind the composition until it has met a GPU.
 FOURIER_FWD = Operator(
     "fourier_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor spectrum, Tensor offsets, Tensor sources,"
     " Tensor entries, float scale) -> Tensor",
