@@ -56,18 +56,14 @@ inline void multiply_block(Tile in, Tile out, Place at, int64_t block, const flo
   }
 }
 
-// sums[a, c] += in[a] g[c] by lanes, for one block: kSums sums at a time.
+// dq[a, c] += sum_t in[t, a] g[t, c] for one block: kSums sums at a time stay in registers.
 template <int B>
-inline void correlate_block(Tile in, Tile g, Place at, Vector* sums) {
+inline void correlate_block(Tile in, Tile g, Place at, float* dq) {
   constexpr int kWidth = B < kSums ? B : kSums, kHeight = kSums / kWidth < B ? kSums / kWidth : B;
+  constexpr int kPart = kHeight * kWidth;
   for (int a = 0; a < B; a += kHeight) {
     for (int c = 0; c < B; c += kWidth) {
-      Vector part[kHeight][kWidth];
-#pragma GCC unroll 16
-      for (int i = 0; i < kHeight; ++i) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kWidth; ++j) part[i][j] = sums[(a + i) * B + c + j];
-      }
+      Vector part[kPart] = {};
       for (int v = 0; v < g.used; ++v) {
         Vector right[kWidth];
 #pragma GCC unroll 16
@@ -76,19 +72,25 @@ inline void correlate_block(Tile in, Tile g, Place at, Vector* sums) {
         for (int i = 0; i < kHeight; ++i) {
           const Vector left = in.entry(feature(at, B / 2, a + i))[v];
 #pragma GCC unroll 16
-          for (int j = 0; j < kWidth; ++j) part[i][j] += left * right[j];
+          for (int j = 0; j < kWidth; ++j) part[i * kWidth + j] += left * right[j];
         }
       }
+      float* to = dq + a * B + c;  // kPart numbers side by side: a part is some whole rows or a piece of one
+      if constexpr (kPart % kLanes == 0) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kHeight; ++i) {
+        for (int i = 0; i < kPart; i += kLanes) {
+          sum_rows(part + i);
+          store_vector(to + i, load_vector(to + i) + part[i]);
+        }
+      } else {
 #pragma GCC unroll 16
-        for (int j = 0; j < kWidth; ++j) sums[(a + i) * B + c + j] = part[i][j];
+        for (int i = 0; i < kPart; ++i) to[i] += sum_of(part[i]);
       }
     }
   }
 }
 
-// The same for any block size, added up over the lanes at once.
+// The same for any block size.
 inline void correlate_any(Tile in, Tile g, Place at, int64_t block, float* dq) {
   for (int64_t a = 0; a < block; ++a) {
     for (int64_t c = 0; c < block; ++c) {
@@ -144,11 +146,6 @@ void bwd_tiles(const ButterflyShape& shape, ButterflyRange range, int64_t tokens
                const float* blocks, MutableRows dx, float* dblocks, float* scratch) {
   const int64_t page = kVectors * range.count;
   Vector* entries = reinterpret_cast<Vector*>(scratch);
-  Vector* sums = entries + shape.block + (shape.factors + 1) * page;  // [factors, blocks of the range, b, b]
-  const int64_t factor_sums = range.count * shape.block;
-  if (B && dblocks != nullptr) {
-    for (int64_t i = 0; i < shape.factors * factor_sums; ++i) sums[i] = Vector{};
-  }
   for (int64_t first = 0; first < tokens; first += kButterflyTokens) {
     const int64_t left = tokens - first;
     const Tile g{entries + shape.block, vectors_of(left)};
@@ -169,8 +166,7 @@ void bwd_tiles(const ButterflyShape& shape, ButterflyRange range, int64_t tokens
         const int64_t offset = block_offset(shape, f, at);
         if (dblocks != nullptr) {
           if constexpr (B > 0) {
-            const int64_t block = at.index - range.first / shape.block;
-            correlate_block<B>(input(f), g, at, sums + f * factor_sums + block * B * B);
+            correlate_block<B>(input(f), g, at, dblocks + offset);
           } else {
             correlate_any(input(f), g, at, shape.block, dblocks + offset);
           }
@@ -179,14 +175,6 @@ void bwd_tiles(const ButterflyShape& shape, ButterflyRange range, int64_t tokens
       });
     }
     if (dx.data != nullptr) store_tokens<T>(g, first, left, range, dx);
-  }
-  if (!B || dblocks == nullptr) return;
-  for (int64_t f = 0; f < shape.factors; ++f) {
-    for_each_block(range, shape.block, f, [&](Place at) {
-      const Vector* from = sums + f * factor_sums + (at.index - range.first / shape.block) * B * B;
-      float* dq = dblocks + block_offset(shape, f, at);
-      for (int i = 0; i < B * B; ++i) dq[i] += sum_of(from[i]);
-    });
   }
 }
 

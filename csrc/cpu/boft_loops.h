@@ -30,8 +30,7 @@ struct ButterflyRange {
 static inline int64_t butterfly_scratch_floats(const ButterflyShape& shape, ButterflyRange range, bool backward) {
   constexpr int64_t kMostLanes = 16;
   const int64_t pages = backward ? shape.factors + 1 : 1;
-  const int64_t sums = backward && shape.block <= 32 ? shape.factors * range.count * shape.block : 0;
-  return (shape.block + sums) * kMostLanes + pages * kButterflyTokens * range.count;
+  return shape.block * kMostLanes + pages * kButterflyTokens * range.count;
 }
 
 struct ButterflyLoops {

@@ -149,6 +149,17 @@ inline void exchange(Vector& a, Vector& b, std::integer_sequence<int, kLane...>)
   a = upper;
 }
 
+// Lane i of rows[0] becomes the sum of rows[i]: a third of the operations of kLanes single sums. All rows are changed.
+template <int kStep = kLanes / 2>
+inline void sum_rows(Vector* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kStep; ++i) {
+    exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>{});
+    rows[i] += rows[i + kStep];
+  }
+  if constexpr (kStep > 1) sum_rows<kStep / 2>(rows);
+}
+
 // kLanes rows become columns.
 template <int kStep = kLanes / 2>
 inline void transpose(Vector* rows) {
