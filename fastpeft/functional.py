@@ -5,6 +5,7 @@ from fastpeft.ops.fourierft import fourier_linear, fourier_weight
 from fastpeft.ops.lora import lora_linear
 from fastpeft.ops.low_rank_many import ManyAdapters, low_rank_many, pack_lora, pack_mos
 from fastpeft.ops.mos import mos_linear
+from fastpeft.ops.oft import oft_linear
 
 __all__ = [
     "ManyAdapters",
@@ -16,6 +17,7 @@ __all__ = [
     "lora_linear",
     "low_rank_many",
     "mos_linear",
+    "oft_linear",
     "pack_lora",
     "pack_mos",
 ]

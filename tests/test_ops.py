@@ -76,6 +76,18 @@ def boft_case(d_in: int, d_out: int, block: int, factors: int) -> Case:
     return Case(f"boft-b{block}m{factors}", functional.boft_linear, reference.boft.boft_linear, (d_in, d_out), draw)
 
 
+def oft_case(d_in: int, d_out: int, block: int, rows: int, **options: float) -> Case:
+    def draw(g):
+        spread = 0.5 / block**0.5  # S of about the same norm for all sizes
+        return (spread * randn(g, rows, block * (block - 1) // 2),), ()
+
+    fast, formula = (
+        partial(function, block_size=block, **options) for function in (functional.oft_linear, reference.oft.oft_linear)
+    )
+    name = "-".join(["oft", f"b{block}", f"rows{rows}", *(f"{key}={value}" for key, value in options.items())])
+    return Case(name, fast, formula, (d_in, d_out), draw)
+
+
 def fourier_case(d_in: int, d_out: int, n: int) -> Case:
     def draw(g):
         places = torch.randperm(d_in * d_out, generator=g)[:n]
@@ -99,6 +111,16 @@ CASES = [
     boft_case(35, 8, 5, 1),  # odd block: no half-blocks, one factor
     boft_case(24, 5, 6, 3),  # even block without a specialisation
     boft_case(320, 16, 4, 5),  # window of 64 in a row that one cache range cannot hold
+    oft_case(24, 10, 4, 6),  # exact
+    oft_case(24, 10, 4, 6, neumann_terms=5),
+    oft_case(24, 10, 4, 1, neumann_terms=5),  # all places share one block
+    oft_case(64, 17, 32, 2, neumann_terms=3),  # the default size; the shortest series with a square
+    oft_case(35, 8, 5, 7, neumann_terms=6),  # odd blocks, a last power of 5
+    oft_case(35, 8, 5, 1, neumann_terms=2),
+    oft_case(24, 9, 6, 4, neumann_terms=9),
+    oft_case(140, 11, 70, 2),  # beyond the compiled Cayley transform
+    oft_case(160, 5, 160, 1, neumann_terms=5),  # one dense rotation
+    oft_case(13, 7, 13, 1, neumann_terms=8),
     fourier_case(16, 24, 40),
     fourier_case(17, 13, 60),  # primes
     fourier_case(12, 7, 84),  # every place taken, both own mirror images

@@ -3,6 +3,6 @@
 Read these first. Everything else in the package computes the same numbers faster and is tested against them.
 """
 
-from fastpeft.reference import boft, fourierft, lora, mos
+from fastpeft.reference import boft, fourierft, lora, mos, oft
 
-__all__ = ["boft", "fourierft", "lora", "mos"]
+__all__ = ["boft", "fourierft", "lora", "mos", "oft"]
