@@ -16,6 +16,7 @@ from fastpeft import reference
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
+import calls  # noqa: E402
 import floors  # noqa: E402
 import gpu  # noqa: E402
 import layers  # noqa: E402
@@ -170,6 +171,18 @@ ROWS = [
     for d in (16, 64)
     for tokens in (1, 8)
 ]
+
+
+def test_the_price_of_calls(capsys, hurried):
+    assert calls.main(["--sizes", "16x24", "--tokens", "2", "--threads", "1"]) == 0
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row.startswith("| 16→24 | 2 | ")
+    base = torch.nn.Linear(16, 24).requires_grad_(False)
+    layer, x = calls.NothingLinear(base), torch.randn(3, 16, requires_grad=True)
+    y, grad = layer(x), torch.randn(3, 24)
+    y.backward(grad)
+    assert torch.equal(y, base(x)) and torch.equal(x.grad, grad @ base.weight)
+    assert layer.A.grad.shape == layer.A.shape and layer.B.grad.shape == layer.B.shape
 
 
 def test_summary_and_growth():
