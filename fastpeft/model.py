@@ -168,22 +168,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         ValueError: there is no such adapter, or several are active and none is named.
     """
     check_model(model)
-    layers = adapted_layers(model)
-    if adapter_name is None:
-        active = sorted({name for layer in layers.values() for name in layer.active})
-        if len(active) != 1:
-            raise ValueError(f"adapter_name must be given where not exactly one adapter is active, got {active}")
-        adapter_name = active[0]
-    adapters = {path: layer.adapters[adapter_name] for path, layer in layers.items() if adapter_name in layer.adapters}
-    if not adapters:
-        known = ", ".join(adapter_names(model)) or "(none)"
-        raise ValueError(f"adapter_name must be one of {known}, got {adapter_name!r}")
+    adapter_name, layers = layers_with(model, adapter_name)
+    adapters = {path: layer.adapters[adapter_name] for path, layer in layers.items()}
     first = next(iter(adapters.values()))
     method = type(first)
     values = first.config.to_dict()
     if values["target_modules"] in ("all-linear", None):  # what that means is the model's affair: write what it meant
         values["target_modules"] = sorted(adapters)
-    values["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None)
+    values["base_model_name_or_path"] = name_of(model)
     files.write_folder(folder, values, method.pack(adapters))
 
 
@@ -249,6 +241,30 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters that a model holds, in the order in which they came."""
     return list(dict.fromkeys(name for layer in adapted_layers(model).values() for name in layer.adapters))
+
+
+def layers_with(model: nn.Module, adapter_name: str | None) -> tuple[str, dict[str, Any]]:
+    """The name of an adapter, which may be left out where exactly one is active, and the layers that hold it, by path.
+
+    Raises:
+        ValueError: there is no such adapter, or several are active and none is named.
+    """
+    layers = adapted_layers(model)
+    if adapter_name is None:
+        active = sorted({name for layer in layers.values() for name in layer.active})
+        if len(active) != 1:
+            raise ValueError(f"adapter_name must be given where not exactly one adapter is active, got {active}")
+        adapter_name = active[0]
+    found = {path: layer for path, layer in layers.items() if adapter_name in layer.adapters}
+    if not found:
+        known = ", ".join(adapter_names(model)) or "(none)"
+        raise ValueError(f"adapter_name must be one of {known}, got {adapter_name!r}")
+    return adapter_name, found
+
+
+def name_of(model: nn.Module) -> str | None:
+    """What a transformers model was loaded from."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None)
 
 
 def own_config(config: Any) -> AdapterConfig:
