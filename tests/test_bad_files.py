@@ -171,7 +171,7 @@ WRONG_FILES: dict[str, tuple[Method, Callable[[Path], None], list[str]]] = {
     "unknown method": (LORA, with_config(peft_type="VERA"), ["peft_type", "LORA, MOS, BOFT, FOURIERFT", "'VERA'"]),
     "method that is no name": (LORA, with_config(peft_type=["LORA"]), ["peft_type", "['LORA']"]),
     "another method": (LORA, named_as(BOFT), ["attention.q.boft_R is missing"]),
-    "DoRA": (LORA, with_config(use_dora=True), ["use_dora", "True", "LORA"]),
+    "DoRA": (LORA, with_config(use_dora=True), ["lora_magnitude_vector", "missing"]),
     "trained biases": (LORA, with_config(bias="all"), ["bias", "'all'"]),
     "more modules saved": (LORA, with_config(modules_to_save=["head"]), ["modules_to_save", "['head']"]),
     "option nobody knows": (FOURIERFT, with_config(wavelets=3), ["wavelets", "3", "FOURIERFT"]),

@@ -111,13 +111,16 @@ def draw_values(model, seed):
     for (_, _, name), parameter in adapter_values(model).items():
         values = torch.randn(parameter.shape, generator=generator)  # in float32 whatever the parameter is
         spread = parameter.shape[1] ** -0.5 if name == "lora_A" else 0.3
-        parameter.data.copy_(spread * values + (1.0 if name == "boft_s" else 0.0))
+        parameter.data.copy_(spread * values + (1.0 if name in ("boft_s", "lora_magnitude_vector") else 0.0))
 
 
 PEFT_NAMES = re.compile(
-    r"base_model\.model\.(?P<path>.*)\.(?P<key>lora_[AB]|boft_[Rs]|fourierft_spectrum)\.(?P<adapter>\w+)"
+    r"base_model\.model\.(?P<path>.*)\.(?P<key>lora_[AB]|lora_magnitude_vector|boft_[Rs]|fourierft_spectrum)"
+    r"\.(?P<adapter>\w+)"
 )
-OUR_NAMES = re.compile(r"(?P<path>.*)\.adapters\.(?P<adapter>\w+)\.(?P<key>lora_[AB]|boft_[Rs]|spectrum)")
+OUR_NAMES = re.compile(
+    r"(?P<path>.*)\.adapters\.(?P<adapter>\w+)\.(?P<key>lora_[AB]|lora_magnitude_vector|boft_[Rs]|spectrum)"
+)
 
 
 def peft_key(name):
@@ -634,7 +637,6 @@ def test_book_keeping_is_accepted(config_class):
 
 
 UNSUPPORTED = [
-    (peft.LoraConfig, "use_dora", True),
     (peft.LoraConfig, "bias", "all"),
     (peft.LoraConfig, "bias", "lora_only"),
     (peft.LoraConfig, "modules_to_save", ["head"]),

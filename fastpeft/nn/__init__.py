@@ -2,6 +2,7 @@
 
 from fastpeft.nn.adapter import Adapter, Site
 from fastpeft.nn.boft import BOFTAdapter, BOFTConfig, BOFTLinear
+from fastpeft.nn.dora import DoRAAdapter
 from fastpeft.nn.fourierft import FourierFTAdapter, FourierFTConfig, FourierFTLinear
 from fastpeft.nn.linear import Adapted, AdaptedLinear
 from fastpeft.nn.lora import LoRAAdapter, LoraConfig, LoRALinear
@@ -20,6 +21,7 @@ __all__ = [
     "BOFTAdapter",
     "BOFTConfig",
     "BOFTLinear",
+    "DoRAAdapter",
     "FourierFTAdapter",
     "FourierFTConfig",
     "FourierFTLinear",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastpeft.backend import extension
 from fastpeft.config import AdapterConfig
 
 
@@ -21,6 +22,7 @@ class Site:
     out_features: int
     device: torch.device
     dtype: torch.dtype  # of the adapter's parameters
+    weight: Tensor | None = None  # the base's matrix, (out, in), where it has a dense one
 
     def parameter(self, *shape: int, fill: float = 0.0) -> nn.Parameter:
         return nn.Parameter(torch.full(shape, fill, device=self.device, dtype=self.dtype))
@@ -56,8 +58,12 @@ class Adapter(nn.Module):
         """ΔW, (out, in), in the dtype of the parameters or wider."""
         raise NotImplementedError
 
-    def add_to_weight(self, weight: Tensor) -> Tensor:
-        """weight + ΔW, (out, in), in the wider of their dtypes."""
+    def add_to(self, y: Tensor, x: Tensor, base: nn.Module) -> Tensor:
+        """y + delta(x), for y (..., out) as the base and the adapters before this one made it of x."""
+        return y + self.delta(x)
+
+    def add_to_weight(self, weight: Tensor, base: Tensor) -> Tensor:
+        """weight + ΔW, (out, in), in the wider of their dtypes; weight is base and the adapters before this one."""
         return weight + self.delta_weight()
 
     def pre(self, x: Tensor) -> Tensor:
@@ -88,7 +94,7 @@ class Adapter(nn.Module):
         return {
             f"base_model.model.{path}.{key}": getattr(adapter, name)
             for path, adapter in adapters.items()
-            for name, key in cls.file_keys.items()
+            for name, key in adapter.file_keys.items()
         }
 
     @classmethod
@@ -118,3 +124,12 @@ def make_dropout(p: float) -> nn.Module:
 def dropout_p(dropout: nn.Module) -> float:
     """The share that is dropped now."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors on the CPU are the same bit for bit."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if extension is None or not (a.is_contiguous() and b.is_contiguous()):
+        return torch.equal(a, b)
+    return extension.same_bytes(a.data_ptr(), b.data_ptr(), a.nbytes)

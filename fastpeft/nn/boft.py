@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastpeft.backend import extension
 from fastpeft.config import AdapterConfig, require_bool, require_int, require_probability
-from fastpeft.nn.adapter import Adapter, Site, parameter_of
+from fastpeft.nn.adapter import Adapter, Site, parameter_of, same_numbers
 from fastpeft.nn.linear import AdaptedLinear
 from fastpeft.ops.boft import (
     apply_boft,
@@ -105,7 +104,7 @@ class BOFTAdapter(Adapter):
         # Comparing the numbers themselves is far cheaper than the Cayley transform and cannot miss a change, however it
         # was made: in place, through .data, by loading or by moving. On a GPU it would make the host wait.
         R = self.boft_R.detach()
-        if self._cached is None or not _same_numbers(self._cached[0], R):
+        if self._cached is None or not same_numbers(self._cached[0], R):
             with torch.inference_mode(False), torch.no_grad():  # kept beyond this call, whatever mode it is in
                 self._cached = (R.clone(), boft_blocks(R))
         return self._cached[1]
@@ -147,15 +146,6 @@ class BOFTAdapter(Adapter):
     def extra_repr(self) -> str:
         factors, n_blocks, block_size, _ = self.boft_R.shape
         return f"block_size={block_size}, blocks={n_blocks}, factors={factors}"
-
-
-def _same_numbers(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors on the CPU are the same bit for bit."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    if extension is None or not (a.is_contiguous() and b.is_contiguous()):
-        return torch.equal(a, b)
-    return extension.same_bytes(a.data_ptr(), b.data_ptr(), a.nbytes)
 
 
 class BOFTLinear(AdaptedLinear):

@@ -119,7 +119,7 @@ class FourierFTAdapter(Adapter):
         rows, cols = (places.to(self.spectrum.device) for places in (self.places.rows, self.places.cols))
         return fourier_weight(self.spectrum, rows, cols, self.places.shape, self.scaling)
 
-    def add_to_weight(self, weight: Tensor) -> Tensor:
+    def add_to_weight(self, weight: Tensor, base: Tensor) -> Tensor:
         wide = weight.to(torch.promote_types(weight.dtype, self.spectrum.dtype))
         return merge_fourier(wide, self.spectrum, self.places.tables(wide.device), self.scaling)
 

@@ -77,7 +77,7 @@ class Adapted(nn.Module):
             y = adapter.post(y, getattr(self, "bias", None))
         for adapter in adapters:
             if not adapter.rotates:
-                y = y + adapter.delta(input)
+                y = adapter.add_to(y, input, self)
         return y
 
     def adapter(self, name: str) -> Adapter:
@@ -101,7 +101,7 @@ class Adapted(nn.Module):
                     wide = adapter.rotate_weight(wide)
             for adapter in adapters:
                 if not adapter.rotates:
-                    wide = adapter.add_to_weight(wide)
+                    wide = adapter.add_to_weight(wide, weight)
             merged = wide.to(weight.dtype)
             if not bool(torch.isfinite(merged).all()):
                 raise ValueError(f"merging {', '.join(names)} gives a weight that is not finite")
@@ -261,7 +261,19 @@ def site_of(module: nn.Module, path: str) -> Site:
     tensors = [module._parameters.get("weight"), *module.parameters(), *module.buffers()]
     first = next((tensor for tensor in tensors if tensor is not None), torch.empty(0))
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    return Site(path, *features, first.device, dtype)
+    return Site(path, *features, first.device, dtype, dense_weight(module))
+
+
+def dense_weight(module: nn.Module) -> Tensor | None:
+    """The matrix that a base multiplies by, (out, in), or None where it keeps it in some other form."""
+    weight: Any = getattr(module, "weight", None)
+    features = features_of(module)
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.dtype.is_floating_point or features is None:
+        return None
+    if weight.dtype.itemsize == 1:  # 8-bit floats have their scale somewhere else
+        return None
+    matrix = weight.T if stores_transposed(module) else weight
+    return matrix if tuple(matrix.shape) == features[::-1] else None
 
 
 def merge_target(module: nn.Module) -> Tensor:

@@ -1,8 +1,12 @@
-"""LoRA (Hu et al., ICLR 2022, arXiv 2106.09685) and rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
+"""LoRA (Hu et al., ICLR 2022, arXiv 2106.09685) and rsLoRA (Kalajdzievski 2023, arXiv 2312.03732).
+
+DoRA, which ``use_dora`` asks for, has its adapter in ``dora.py``.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,6 +16,7 @@ from fastpeft import reference
 from fastpeft.config import (
     MOST_RANK,
     AdapterConfig,
+    require_bool,
     require_finite,
     require_int,
     require_pattern,
@@ -32,6 +37,8 @@ class LoraConfig(AdapterConfig):
         lora_alpha: the numerator of the scaling.
         lora_dropout: probability of dropping an entry of the adapter's input while training.
         use_rslora: scale by √r instead of r.
+        use_dora: DoRA (Liu et al., ICML 2024, arXiv 2402.09353): m ⊙ (W + s · B A) / ‖W + s · B A‖ with the norm of
+            every row and one more trained vector m. Only over bases with a dense weight.
         init_lora_weights: True: A uniform, B zero. "gaussian": A normal with standard deviation 1 / r, B zero. False:
             both uniform, so that the adapter changes the model from the start.
         rank_pattern: module path or regular expression -> another rank.
@@ -44,6 +51,7 @@ class LoraConfig(AdapterConfig):
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -52,6 +60,7 @@ class LoraConfig(AdapterConfig):
         require_int("r", self.r, 1, MOST_RANK)
         require_finite("lora_alpha", self.lora_alpha)
         require_probability("lora_dropout", self.lora_dropout)
+        require_bool("use_dora", self.use_dora)
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}")
         require_pattern("rank_pattern", self.rank_pattern, lambda name, rank: require_int(name, rank, 1, MOST_RANK))
@@ -77,6 +86,12 @@ class LoRAAdapter(Adapter):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         if config.init_lora_weights is False:
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+
+    @classmethod
+    def build(cls, config: LoraConfig, sites: Sequence[Site]) -> list[Adapter]:
+        from fastpeft.nn.dora import DoRAAdapter  # which builds on this file
+
+        return [(DoRAAdapter if config.use_dora else LoRAAdapter)(config, site) for site in sites]
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         p = dropout_p(self.dropout) if self.dropout_p > 0 else 0.0

@@ -3,6 +3,6 @@
 Read these first. Everything else in the package computes the same numbers faster and is tested against them.
 """
 
-from fastpeft.reference import boft, fourierft, lora, mos, oft
+from fastpeft.reference import boft, dora, fourierft, lora, mos, oft
 
-__all__ = ["boft", "fourierft", "lora", "mos", "oft"]
+__all__ = ["boft", "dora", "fourierft", "lora", "mos", "oft"]
