@@ -201,6 +201,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     source = f"adapter in {os.fspath(folder)!r}"
     if method is None:
         raise ValueError(f"{source}: peft_type must be one of {', '.join(METHODS)}, got {values.get('peft_type')!r}")
+    tensors = method.plain_keys(tensors, source)
     config = method.reconcile(method.config_class.from_dict(values, source), tensors)
     held = {path: layer for path, layer in adapted_layers(model).items() if adapter_name in layer.adapters}
     layers: dict[str, nn.Module] = held or find_targets(model, config)

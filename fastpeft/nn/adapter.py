@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -66,6 +67,10 @@ class Adapter(nn.Module):
         """weight + ΔW, (out, in), in the wider of their dtypes; weight is base and the adapters before this one."""
         return weight + self.delta_weight()
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """A (r, in) and B (out, r) with ΔW = B A, where that is what the method is."""
+        return None
+
     def pre(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -96,6 +101,31 @@ class Adapter(nn.Module):
             for path, adapter in adapters.items()
             for name, key in adapter.file_keys.items()
         }
+
+    @classmethod
+    def plain_keys(cls, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+        """PEFT's keys for tensors from a state dict of its models, where the adapter's name stands in them, as in
+        ``….lora_A.default.weight``. Others stay as they are.
+
+        Raises:
+            ValueError: several adapters are among them.
+        """
+        keys = {key for each in (cls, *cls.__subclasses__()) for key in getattr(each, "file_keys", {}).values()}
+        heads = "|".join(sorted({re.escape(key.partition(".")[0]) for key in keys}))
+        named = re.compile(rf"(.*\.(?:{heads}))\.([^.]+)(\.weight)?")
+        found: dict[str, Tensor] = {}
+        names: set[str] = set()
+        for key, tensor in tensors.items():
+            match = named.fullmatch(key) if heads else None
+            if match is None or (match[2] == "weight" and match[3] is None):
+                found[key] = tensor
+                continue
+            names.add(match[2])
+            head = match[1].rpartition(".")[2]
+            found[match[1] + next(key for key in keys if key.partition(".")[0] == head)[len(head) :]] = tensor
+        if len(names) > 1:
+            raise ValueError(f"{source}: holds the adapters {', '.join(sorted(names))}, one was expected")
+        return found
 
     @classmethod
     def reconcile(cls, config: Any, tensors: Mapping[str, Tensor]) -> Any:

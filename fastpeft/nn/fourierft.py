@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -26,6 +27,8 @@ class FourierFTConfig(AdapterConfig):
         random_loc_seed: of the places of the n entries, which all layers of one shape share.
         init_weights: True: a zero spectrum, so that a fresh adapter changes nothing. False: standard normal (PEFT's own
             default).
+        transposed: the convention of the authors' own code, y = W x + x ΔW with places drawn for an (in, out) spectrum,
+            instead of PEFT's, y = W x + ΔW x with an (out, in) one.
         n_frequency_pattern: module path or regular expression -> another n.
     """
 
@@ -35,6 +38,7 @@ class FourierFTConfig(AdapterConfig):
     scaling: float = 150.0
     random_loc_seed: int = 777
     init_weights: bool = True
+    transposed: bool = False
     n_frequency_pattern: dict[str, int] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -42,6 +46,7 @@ class FourierFTConfig(AdapterConfig):
         require_finite("scaling", self.scaling)
         require_int("random_loc_seed", self.random_loc_seed, 0)
         require_bool("init_weights", self.init_weights)
+        require_bool("transposed", self.transposed)
         require_pattern("n_frequency_pattern", self.n_frequency_pattern, lambda name, n: require_int(name, n, 1))
 
 
@@ -58,12 +63,15 @@ class FourierPlaces:
     Layers and models share one object, made by :func:`places_for`. Nothing here is saved: the seed says it all.
     """
 
-    def __init__(self, shape: tuple[int, int], n: int, seed: int) -> None:
-        self.shape, self.n, self.seed = shape, n, seed
-        # PEFT's choice: the first n of a seeded permutation of all places.
+    def __init__(self, shape: tuple[int, int], n: int, seed: int, transposed: bool) -> None:
+        self.shape, self.n, self.seed, self.transposed = shape, n, seed, transposed
+        # The first n of a seeded permutation of all places, in PEFT as in the authors' code.
         generator = torch.Generator().manual_seed(seed)
         places = torch.randperm(shape[0] * shape[1], generator=generator, device="cpu")[:n]
-        self.rows, self.cols = places // shape[1], places % shape[1]
+        width = shape[0] if transposed else shape[1]
+        self.rows, self.cols = places // width, places % width
+        if transposed:
+            self.rows, self.cols = self.cols, self.rows
         self._tables = {torch.device("cpu"): make_tables(self.rows, self.cols, shape)}
 
     def tables(self, device: torch.device) -> Tables:
@@ -76,19 +84,19 @@ class FourierPlaces:
         return self
 
     def __reduce__(self):
-        return places_for, (self.shape, self.n, self.seed)
+        return places_for, (self.shape, self.n, self.seed, self.transposed)
 
 
 # Shared for as long as one layer lives that uses them.
 _PLACES: weakref.WeakValueDictionary[tuple, FourierPlaces] = weakref.WeakValueDictionary()
 
 
-def places_for(shape: tuple[int, int], n: int, seed: int) -> FourierPlaces:
+def places_for(shape: tuple[int, int], n: int, seed: int, transposed: bool = False) -> FourierPlaces:
     """The shared places for a (out, in) spectrum."""
-    key = (shape, n, seed)
+    key = (shape, n, seed, transposed)
     places = _PLACES.get(key)
     if places is None:
-        places = _PLACES[key] = FourierPlaces(shape, n, seed)
+        places = _PLACES[key] = FourierPlaces(*key)
     return places
 
 
@@ -104,9 +112,15 @@ class FourierFTAdapter(Adapter):
             raise site.error(f"n_frequency must be at most in_features * out_features = {entries}, got {self.n}")
         self.scaling = config.scaling
         shape = (site.out_features, site.in_features)
-        self.places = places_for(shape, self.n, config.random_loc_seed)
+        self.places = places_for(shape, self.n, config.random_loc_seed, config.transposed)
         start = torch.zeros if config.init_weights else torch.randn
         self.spectrum = nn.Parameter(start(self.n, device=site.device, dtype=site.dtype))
+
+    @classmethod
+    def pack(cls, adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+        """Under other keys if transposed: PEFT has no such convention and is not to take the numbers for its own."""
+        transposed = any(isinstance(each, FourierFTAdapter) and each.places.transposed for each in adapters.values())
+        return {f"{key}_transposed" if transposed else key: value for key, value in super().pack(adapters).items()}
 
     def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         tables = self.places.tables(x.device)

@@ -103,6 +103,9 @@ class LoRAAdapter(Adapter):
     def matrices(self) -> tuple[Tensor, Tensor]:
         return parameter_of(self, "lora_A"), parameter_of(self, "lora_B")
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        return self.lora_A, self.lora_B * self.scaling
+
     def delta_weight(self) -> Tensor:
         return reference.lora.lora_weight(self.lora_A, self.lora_B, self.scaling)
 

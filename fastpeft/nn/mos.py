@@ -193,6 +193,10 @@ class MoSAdapter(Adapter):
     def delta_weight(self) -> Tensor:
         return reference.mos.mos_weight(*self.shards(), self.scaling)
 
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        pool_A, index_A, pool_B, index_B = self.shards()
+        return pool_A[index_A].flatten(1), pool_B[index_B].flatten(1).T * self.scaling
+
     def shards(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         buffers = self._buffers
         return parameter_of(self, "pool_A"), buffers["index_A"], parameter_of(self, "pool_B"), buffers["index_B"]  # type: ignore[return-value]
