@@ -52,9 +52,6 @@ class DoRAAdapter(LoRAAdapter):
         norms = self.norms(weight, lora_A, lora_B, self.scaling)
         return lora_A, lora_B, parameter_of(self, "lora_magnitude_vector"), self.scaling, p, norms
 
-    def low_rank(self) -> None:
-        """None: rows of W are scaled as well."""
-
     def add_to_weight(self, weight: Tensor, base: Tensor) -> Tensor:
         norms = self.norms(base, *self.matrices(), self.scaling)
         return (self.lora_magnitude_vector / norms)[:, None] * (weight + self.delta_weight())
