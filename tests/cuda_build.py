@@ -57,17 +57,21 @@ def replayed(call: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
     return [result.clone() for result in results]
 
 
-def host_builder(folder: Path) -> Callable[[str], Path]:
-    """build(name) compiles tests/cuda_host/<name>.cpp once and returns the program."""
+def host_builder(folder: Path) -> Callable[..., Path]:
+    """build(name) compiles tests/cuda_host/<name>.cpp once and returns the program.
 
-    def build(name: str) -> Path:
-        program = folder / name
+    build(name, watched=True) is for programs that watch their own memory accesses, see tests/cuda_host/banks.h.
+    """
+    flags = "-std=c++20 -Og -g1 -Wall -Werror -Wno-unknown-pragmas".split()
+    flags += [f"-I{CUDA_HOST}", f"-I{ROOT / 'csrc'}"]
+
+    def build(name: str, watched: bool = False) -> Path:
+        program, compiled = folder / name, folder / f"{name}.o"
         if not program.exists():
-            flags = "-std=c++20 -Og -g1 -Wall -Werror -Wno-unknown-pragmas"
-            sanitizers = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-            includes = [f"-I{CUDA_HOST}", f"-I{ROOT / 'csrc'}"]
-            command = [CXX, *flags.split(), *sanitizers.split(), *includes, CUDA_HOST / f"{name}.cpp", "-o", program]
-            subprocess.run(command, check=True)
+            sanitizers = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
+            compiling = ["-fsanitize=thread"] if watched else sanitizers
+            subprocess.run([CXX, *flags, *compiling, "-c", CUDA_HOST / f"{name}.cpp", "-o", compiled], check=True)
+            subprocess.run([CXX, *([] if watched else sanitizers), compiled, "-o", program], check=True)
         return program
 
     return build

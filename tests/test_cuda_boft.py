@@ -241,7 +241,6 @@ def test_plan_covers_x_and_fits(build, tokens, b, factors):
         assert threads % 32 == 0 and threads <= 256
         assert shape["shared_bytes"] <= max_shared
         assert shape["features"] % window == 0
-        assert shape["row_stride"] >= shape["features"] and shape["row_stride"] % 4 == 0
         assert shape["features"] * shape["across"] >= features > shape["features"] * (shape["across"] - 1)
         rows_of_tiles = shape["grid"] // shape["across"]
         assert shape["rows"] * rows_of_tiles >= tokens > shape["rows"] * (rows_of_tiles - 1)
@@ -259,7 +258,6 @@ def test_plan_of_gradients_covers_x_and_fits(build, b, factors):
         assert threads % 32 == 0 and threads <= 256
         assert 2 * (shape["shared_bytes"] + 1024) <= SM_80_SHARED + 1024  # two thread blocks to a multiprocessor
         assert shape["features"] % window == 0
-        assert shape["row_stride"] >= shape["features"] and shape["row_stride"] % 4 == 0
         assert shape["features"] * shape["across"] >= features > shape["features"] * (shape["across"] - 1)
         assert shape["chunk"] % shape["rows"] == 0 and shape["grid"] == shape["across"] * shape["groups"]
         assert shape["chunk"] * shape["groups"] >= tokens > shape["chunk"] * (shape["groups"] - 1)
@@ -278,14 +276,31 @@ def test_plan_keeps_sums_in_shared_memory_while_two_thread_blocks_fit(build):
     assert [shape for shape, in_shared in kept.items() if not in_shared] == [(32, 4)]
 
 
+def bank_degrees(build, mode: str, dtype: str, tokens: int, features: int, b: int, factors: int, offset: int) -> dict:
+    arguments = mode, dtype, tokens, features, b, factors, offset
+    command = [build("run_banks", watched=True), *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+# Whole tiles, one row, four groups of threads whose last rows are missing; all factors of a window of 256 features, and
+# an odd number of blocks.
 @needs_cxx
-@pytest.mark.parametrize("b", [8, 16, 32])
-def test_row_stride_keeps_a_quarter_warp_in_different_banks(build, b):
-    shape = plan(build("run_butterfly"), "float32", 1000, 4096, b, 2, SM_90_SHARED)
-    shared_by = b // 8
-    # A float4 is four banks; thread t has row t // shared_by and column t % shared_by.
-    banks = {(t // shared_by * shape["row_stride"] // 4 + t % shared_by) % 8 for t in range(8)}
-    assert len(banks) == 8
+@pytest.mark.parametrize(("mode", "dtype"), [("fwd", "float32"), ("fwd", "bfloat16"), ("bwd", "bfloat16")])
+@pytest.mark.parametrize(("b", "factors"), [(2, 8), (4, 7), (8, 6), (16, 5), (32, 4)])
+def test_no_bank_conflicts(build, b, factors, mode, dtype):
+    vector = f"{min(4 * b // 2, 16)}"  # a half-block, at most 16 bytes
+    kinds = {f"{access}{size}" for access in ("read", "write") for size in ("16", vector)}
+    for tokens, features, m in ((32, 256, factors), (1, 256, factors), (13, 256, factors), (32, max(24, 3 * b), 1)):
+        assert bank_degrees(build, mode, dtype, tokens, features, b, m, 0) == dict.fromkeys(kinds, 1)
+    unaligned = bank_degrees(build, mode, dtype, 32, 256, b, factors, 1)
+    assert unaligned == dict.fromkeys({"read4", "write4", f"read{vector}", f"write{vector}"}, 1)
+
+
+@needs_cxx
+@pytest.mark.parametrize(("b", "degree"), [(6, 2), (12, 4)])
+def test_bank_conflicts_are_seen(build, b, degree):
+    # Blocks without a kernel of their own: rows are apart, and blocks may meet.
+    assert max(bank_degrees(build, "fwd", "float32", 32, 16 * b, b, 2, 0).values()) == degree
 
 
 @needs_cxx

@@ -30,10 +30,9 @@ constexpr int kButterflyColumns = 8;        // columns of one block that a threa
 
 // What one thread block holds in shared memory.
 struct ButterflyTile {
-  int rows;        // a power of two
-  int features;    // whole windows
-  int row_stride;  // floats from one row to the next
-  int across;      // tiles side by side; the blocks of the grid go through these first
+  int rows;      // a power of two
+  int features;  // whole windows
+  int across;    // tiles side by side; the blocks of the grid go through these first
 };
 
 struct ButterflyPlan {
@@ -69,16 +68,34 @@ void with_butterfly_kernel_size(int kernel_size, F&& f) {
   }
 }
 
-// Floats from one row of a tile to the next.
+// Where the floats of a tile lie. It is cut into lines of 32 features, a float for each bank of shared memory: line l
+// of row t begins at float (l * rows + t) * 32. A line is made of units, half-blocks of b/2 floats, and which of them
+// lies where is the number of the unit with some bits flipped: all n = log2(64 / b) of them in odd lines, all but the
+// top i where bit i of the row is set, i < 3.
 //
-// Threads of a warp read the same columns of neighbouring rows. With float4s a quarter-warp is served at once: 4/c rows
-// times the c threads that share a block, c = b/8, which read and write c neighbouring float4s. So rows b/2 words apart
-// (modulo the 32 banks) never collide. Narrower blocks read float2s (b = 4, 8 rows of 2 blocks in a half-warp) or
-// floats (b = 2, 8 rows of 4 blocks), and there 4 words keep 8 rows apart; in factor 0, whose half-blocks lie b and not
-// b/2 apart, two blocks still meet in a bank.
-inline int64_t butterfly_row_stride(int64_t rows, int64_t features, int kernel_size) {
-  const int64_t skew = kernel_size > 8 ? kernel_size / 2 : 4;
-  return rows == 1 ? (features + 3) / 4 * 4 : (features - skew + 31) / 32 * 32 + skew;
+// No access of the specialised kernels to a tile has a bank conflict. What is served at once, a warp at 4 bytes, half
+// of it at 8 and a quarter at 16, are, beside the vectors of a unit, 2^n units, whose rows differ in the lowest g bits
+// and whose numbers in n - g of the lowest n - g + 1: all but bit f, which factor f has for its two half-blocks. Rows
+// that differ flip a bit above those, or all n - g + 1 of them, and so do lines next to each other for g = 0: no other
+// unit can undo either. tests/cuda_host/run_banks.cpp counts.
+//
+// Both parts are linear: of xors of rows or columns they are the xors. The address is the xor of the two.
+template <int B>
+struct ButterflyLayout {
+  static constexpr int kUnit = B > 0 ? B / 2 : 4;  // any will do where blocks have no kernel of their own
+  static constexpr int kFlip = 32 / kUnit - 1;
+
+  static __device__ __forceinline__ int row_part(int row) {
+    const int flip = (row & 1 ? kFlip : 0) ^ (row & 2 ? kFlip >> 1 : 0) ^ (row & 4 ? kFlip >> 2 : 0);
+    return row * 32 ^ flip * kUnit;
+  }
+  static __device__ __forceinline__ int column_part(int column, int rows) {
+    return (column >> 5) * (rows * 32) + ((column & 31) ^ (column & 32 ? kFlip * kUnit : 0));
+  }
+};
+
+__host__ __device__ constexpr int64_t butterfly_tile_floats(int64_t rows, int64_t features) {
+  return rows * ((features + 31) / 32 * 32);
 }
 
 // The fewest features of a tile, whole windows, and how many there had better be: about 256, one per thread from b = 8
@@ -120,7 +137,7 @@ inline ButterflyPlan plan_butterfly(int64_t tokens, int64_t features, int64_t b,
   // The generic path computes from one buffer into another; the others have a whole block in their registers.
   const int64_t buffers = kernel_size == 0 ? 2 : 1;
   const auto bytes = [&](int64_t rows, int64_t count) {
-    return buffers * rows * butterfly_row_stride(rows, count, kernel_size) * static_cast<int64_t>(sizeof(float));
+    return buffers * butterfly_tile_floats(rows, count) * static_cast<int64_t>(sizeof(float));
   };
 
   int64_t rows = kButterflyRows;
@@ -146,9 +163,13 @@ inline ButterflyPlan plan_butterfly(int64_t tokens, int64_t features, int64_t b,
   plan.grid = dim3(static_cast<unsigned>(grid));
   plan.block = butterfly_threads(rows, count, b, kernel_size);
   plan.shared_bytes = bytes(rows, count);
-  plan.tile = {static_cast<int>(rows), static_cast<int>(count),
-               static_cast<int>(butterfly_row_stride(rows, count, kernel_size)), static_cast<int>(across)};
+  plan.tile = {static_cast<int>(rows), static_cast<int>(count), static_cast<int>(across)};
   return plan;
+}
+
+// Of one factor's block gradients in shared memory: of an even number of blocks, see `correlate`.
+__host__ __device__ constexpr int64_t butterfly_sums_floats(int64_t features, int64_t b) {
+  return (features / b + 1) / 2 * 2 * b * b;
 }
 
 struct ButterflyBwdPlan : ButterflyPlan {
@@ -174,8 +195,8 @@ inline ButterflyBwdPlan plan_butterfly_bwd(int64_t tokens, int64_t features, int
   const int64_t window = b << (factors - 1);
   const int64_t pages = (need_blocks ? 2 : 1) + (kernel_size == 0 ? 1 : 0);
   const auto bytes = [&](int64_t rows, int64_t count, bool with_sums) {
-    const int64_t row_stride = butterfly_row_stride(rows, count, kernel_size);
-    return (pages * rows * row_stride + (with_sums ? count * b * factors : 0)) * static_cast<int64_t>(sizeof(float));
+    const int64_t sums = with_sums ? butterfly_sums_floats(count, b) * factors : 0;
+    return (pages * butterfly_tile_floats(rows, count) + sums) * static_cast<int64_t>(sizeof(float));
   };
   const int64_t half = (max_shared_bytes - kReserved) / 2;
 
@@ -217,8 +238,7 @@ inline ButterflyBwdPlan plan_butterfly_bwd(int64_t tokens, int64_t features, int
   plan.grid = dim3(static_cast<unsigned>(groups * across));
   plan.block = butterfly_threads(rows, count, b, kernel_size);
   plan.shared_bytes = bytes(rows, count, plan.sums_in_shared);
-  plan.tile = {static_cast<int>(rows), static_cast<int>(count),
-               static_cast<int>(butterfly_row_stride(rows, count, kernel_size)), static_cast<int>(across)};
+  plan.tile = {static_cast<int>(rows), static_cast<int>(count), static_cast<int>(across)};
   plan.chunk = static_cast<int>(tiles * rows);
   plan.groups = static_cast<int>(groups);
   return plan;
@@ -254,56 +274,68 @@ __device__ __forceinline__ void unpack(float4 in, float (&out)[4]) {
 }
 
 // How elements travel between global memory and the tile: one by one, or 16 bytes at a time. `index` counts the Raws
-// of a row.
+// of a row; so many lanes as kPass are served at once.
 //
 // The tile is indexed as an array of the vectors that are meant, here and below: where nvcc 13 sees a pointer to floats
 // plus a sum cast to a float4*, it stores four single floats.
-template <typename T>
+template <typename T, int B>
 struct Single {
   using Raw = T;
-  static constexpr int kWidth = 1;
+  using Layout = ButterflyLayout<B>;
+  static constexpr int kWidth = 1, kPass = 32;
 
-  static __device__ __forceinline__ void to_tile(float* tile, int row_stride, int row, int index, const Raw& raw) {
-    tile[row * row_stride + index] = to_float(raw);
+  static __device__ __forceinline__ void to_tile(float* tile, int tile_rows, int row, int index, const Raw& raw) {
+    tile[Layout::column_part(index, tile_rows) ^ Layout::row_part(row)] = to_float(raw);
   }
-  static __device__ __forceinline__ Raw from_tile(const float* tile, int row_stride, int row, int index) {
-    return round_to<T>(tile[row * row_stride + index]);
+  static __device__ __forceinline__ Raw from_tile(const float* tile, int tile_rows, int row, int index) {
+    return round_to<T>(tile[Layout::column_part(index, tile_rows) ^ Layout::row_part(row)]);
   }
 };
 
-template <typename T>
+template <typename T, int B>
 struct Packed {
   using Raw = uint4;
-  static constexpr int kWidth = 16 / sizeof(T);
+  using Layout = ButterflyLayout<B>;
+  static constexpr int kWidth = 16 / sizeof(T), kPass = 8;
   static constexpr int kVectors = kWidth / 4;
 
-  // Eight 16-bit elements are two float4s of the tile. If all threads took the first one first, they would leave every
-  // other 16 bytes of a 256-byte span untouched, and lanes l and l + 4 would meet in a bank: so every other group of
-  // four begins with the second.
-  static __device__ __forceinline__ int first_vector(int index) { return kVectors == 2 ? index >> 2 & 1 : 0; }
+  // Eight 16-bit elements are two float4s of the tile, and lanes l and l + 4 have theirs in neighbouring lines. Where
+  // the layout moves them by an even number of float4s, which is from b = 16 on, one of the two begins with its second.
+  static __device__ __forceinline__ int first_vector(int index) {
+    return kVectors == 2 && Layout::kUnit > 4 ? index >> 2 & 1 : 0;
+  }
+  // Units of less than a float4 may lie in it in reverse order.
+  static __device__ __forceinline__ float4 ordered(const float4& value, int place) {
+    if (Layout::kUnit == 1 && place & 1) return make_float4(value.w, value.z, value.y, value.x);
+    if (Layout::kUnit == 2 && place & 2) return make_float4(value.z, value.w, value.x, value.y);
+    return value;
+  }
 
-  static __device__ __forceinline__ void to_tile(float* tile, int row_stride, int row, int index, const Raw& raw) {
+  static __device__ __forceinline__ void to_tile(float* tile, int tile_rows, int row, int index, const Raw& raw) {
     T values[kWidth];
     memcpy(values, &raw, 16);
+    const int place = Layout::column_part(index * kWidth, tile_rows) ^ Layout::row_part(row);
     float4 part[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      part[i] = make_float4(to_float(values[4 * i]), to_float(values[4 * i + 1]), to_float(values[4 * i + 2]),
-                            to_float(values[4 * i + 3]));
+      part[i] = ordered(make_float4(to_float(values[4 * i]), to_float(values[4 * i + 1]), to_float(values[4 * i + 2]),
+                                    to_float(values[4 * i + 3])),
+                        place);
     }
     float4* vectors = reinterpret_cast<float4*>(tile);
-    const int place = row * (row_stride / 4) + index * kVectors, first = first_vector(index);
-    vectors[place + first] = first ? part[kVectors - 1] : part[0];
-    if constexpr (kVectors == 2) vectors[place + 1 - first] = first ? part[0] : part[1];
+    const int vector = place >> 2, first = first_vector(index);
+    vectors[vector ^ first] = first ? part[kVectors - 1] : part[0];
+    if constexpr (kVectors == 2) vectors[vector ^ 1 ^ first] = first ? part[0] : part[1];
   }
 
-  static __device__ __forceinline__ Raw from_tile(const float* tile, int row_stride, int row, int index) {
+  static __device__ __forceinline__ Raw from_tile(const float* tile, int tile_rows, int row, int index) {
     const float4* vectors = reinterpret_cast<const float4*>(tile);
-    const int place = row * (row_stride / 4) + index * kVectors, first = first_vector(index);
+    const int place = Layout::column_part(index * kWidth, tile_rows) ^ Layout::row_part(row);
+    const int vector = place >> 2, first = first_vector(index);
     float4 part[kVectors];
-    part[0] = vectors[place + first];
+    part[0] = vectors[vector ^ first];
     if constexpr (kVectors == 2) {
-      part[1] = vectors[place + 1 - first];
+      part[1] = vectors[vector ^ 1 ^ first];
       if (first) {
         const float4 swapped = part[0];
         part[0] = part[1], part[1] = swapped;
@@ -312,10 +344,11 @@ struct Packed {
     T values[kWidth];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      values[4 * i] = round_to<T>(part[i].x);
-      values[4 * i + 1] = round_to<T>(part[i].y);
-      values[4 * i + 2] = round_to<T>(part[i].z);
-      values[4 * i + 3] = round_to<T>(part[i].w);
+      const float4 value = ordered(part[i], place);
+      values[4 * i] = round_to<T>(value.x);
+      values[4 * i + 1] = round_to<T>(value.y);
+      values[4 * i + 2] = round_to<T>(value.z);
+      values[4 * i + 3] = round_to<T>(value.w);
     }
     Raw raw;
     memcpy(&raw, values, 16);
@@ -323,14 +356,15 @@ struct Packed {
   }
 };
 
-// Walks a (rows, columns) rectangle with all threads of the block, along rows, dividing only at the start.
+// Walks a (rows, columns) rectangle with all threads of the block, along rows, dividing only at the start. What is
+// served at once is in one row: some threads may be beyond its end.
 struct TileWalk {
   int row, column, columns, step_rows, step_columns;
-  __device__ __forceinline__ explicit TileWalk(int columns) : columns(columns) {
+  __device__ __forceinline__ TileWalk(int columns, int pass) : columns((columns + pass - 1) / pass * pass) {
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
     const int threads = blockDim.x * blockDim.y;
-    row = thread / columns, column = thread % columns;
-    step_rows = threads / columns, step_columns = threads % columns;
+    row = thread / this->columns, column = thread % this->columns;
+    step_rows = threads / this->columns, step_columns = threads % this->columns;
   }
   __device__ __forceinline__ void next() {
     row += step_rows, column += step_columns;
@@ -340,53 +374,56 @@ struct TileWalk {
 
 // Reads x[:rows, :features] into the tile.
 template <typename Access, typename T>
-__device__ __forceinline__ void load_tile(const T* x, int64_t x_row_stride, float* tile, int row_stride, int rows,
+__device__ __forceinline__ void load_tile(const T* x, int64_t x_row_stride, float* tile, int tile_rows, int rows,
                                           int features) {
   using Raw = typename Access::Raw;
   constexpr int kBatch = 4;  // so many loads of a thread are on their way before the first is waited for
-  TileWalk walk(features / Access::kWidth);
+  const int columns = features / Access::kWidth;
+  TileWalk walk(columns, Access::kPass);
   while (walk.row < rows) {
     Raw raw[kBatch] = {};  // or what is not loaded is a value of the last round, and keeps a register meanwhile
     int row[kBatch], column[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      row[i] = walk.row, column[i] = walk.column;
+      row[i] = walk.column < columns ? walk.row : rows, column[i] = walk.column;
       walk.next();
       if (row[i] < rows) raw[i] = __ldg(reinterpret_cast<const Raw*>(x + row[i] * x_row_stride) + column[i]);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (row[i] < rows) Access::to_tile(tile, row_stride, row[i], column[i], raw[i]);
+      if (row[i] < rows) Access::to_tile(tile, tile_rows, row[i], column[i], raw[i]);
     }
   }
 }
 
 // Writes the tile to y[:rows, :features].
 template <typename Access, typename T>
-__device__ __forceinline__ void store_tile(T* y, int64_t y_row_stride, const float* tile, int row_stride, int rows,
+__device__ __forceinline__ void store_tile(T* y, int64_t y_row_stride, const float* tile, int tile_rows, int rows,
                                            int features) {
   using Raw = typename Access::Raw;
-  for (TileWalk walk(features / Access::kWidth); walk.row < rows; walk.next()) {
+  const int columns = features / Access::kWidth;
+  for (TileWalk walk(columns, Access::kPass); walk.row < rows; walk.next()) {
+    if (walk.column >= columns) continue;
     reinterpret_cast<Raw*>(y + walk.row * y_row_stride)[walk.column] =
-        Access::from_tile(tile, row_stride, walk.row, walk.column);
+        Access::from_tile(tile, tile_rows, walk.row, walk.column);
   }
 }
 
 template <typename T>
 __device__ __forceinline__ bool rows_are_packed(const T* first, int64_t row_stride, int features) {
-  constexpr int kWidth = Packed<T>::kWidth;
+  constexpr int kWidth = 16 / sizeof(T);
   return reinterpret_cast<uintptr_t>(first) % 16 == 0 && row_stride % kWidth == 0 && features % kWidth == 0;
 }
 
-// Where a group of threads finds its rows in the tile: rows group, group + groups, ... so that neighbouring threads
-// have neighbouring rows, which the row stride keeps in different banks. For a row that is not there it has its first
-// one again, and writes the same to it twice.
+// Where a group of threads finds its rows in the tile: rows group, group + groups, ... or some of them twice where the
+// tile has fewer than a thread takes. Rows beyond the last token are computed like any other, and not stored.
+template <int B>
 struct ThreadRows {
-  int offset[kButterflyRowsPerThread];
-  __device__ __forceinline__ ThreadRows(int group, int groups, int rows, int row_stride) {
+  int part[kButterflyRowsPerThread];
+  __device__ __forceinline__ ThreadRows(int group, int groups, int tile_rows) {
 #pragma unroll
     for (int j = 0; j < kButterflyRowsPerThread; ++j) {
-      offset[j] = (group + j * groups < rows ? group + j * groups : group) * row_stride;
+      part[j] = ButterflyLayout<B>::row_part((group + j * groups) & (tile_rows - 1));
     }
   }
 };
@@ -396,7 +433,8 @@ struct ThreadRows {
 // kSteps of P entries of z are under way at once: with two of them wide blocks would spill.
 template <int B, bool kTransposed = false, int kSteps = (B > 8 ? 1 : 2)>
 __device__ __forceinline__ void apply_factor(const float* q,  // [tile_blocks, B, B]
-                                             float* tile, int row_stride, int rows, int tile_blocks, int f) {
+                                             float* tile, int tile_rows, int tile_blocks, int f) {
+  using Layout = ButterflyLayout<B>;
   constexpr int kHalf = B / 2;              // r
   constexpr int P = kHalf < 4 ? kHalf : 4;  // entries that are read and written at a time
   constexpr int kSharedBy = kHalf / P;      // threads
@@ -405,15 +443,19 @@ __device__ __forceinline__ void apply_factor(const float* q,  // [tile_blocks, B
   Vector* vectors = reinterpret_cast<Vector*>(tile);  // places in the tile and in Q are counted in Vectors
   const int column = threadIdx.x % kSharedBy;
   const int group = threadIdx.x / kSharedBy, groups = blockDim.x / kSharedBy;
-  const ThreadRows row(group, groups, rows, row_stride / P);
-  const int half_blocks = 1 << f;               // H
-  const int to_high = half_blocks * kSharedBy;  // from the first half-block of z to the second
+  ThreadRows<B> row(group, groups, tile_rows);
+#pragma unroll
+  for (int j = 0; j < R; ++j) row.part[j] /= P;
+  const int half_blocks = 1 << f;  // H
 
   // The trip count is the same for all threads, as the barrier inside wants it.
   for (int first = 0; first < tile_blocks; first += blockDim.y) {
     const int k = first + threadIdx.y;
-    const bool active = k < tile_blocks && group < rows;
-    const int low = (k >> f) * 2 * to_high + (k & (half_blocks - 1)) * kSharedBy;
+    const bool active = k < tile_blocks;
+    // The half-blocks of z; what is added to their places is smaller than a half-block, and rows flip nothing there.
+    const int unit = (k >> f) * 2 * half_blocks + (k & (half_blocks - 1));
+    const int low = Layout::column_part(unit * kHalf, tile_rows) / P;
+    const int high = Layout::column_part((unit + half_blocks) * kHalf, tile_rows) / P;
     float out[R][2][P] = {};
     if (active) {
       // Transposed, a thread has P rows of Q in either half, and steps along them.
@@ -421,10 +463,10 @@ __device__ __forceinline__ void apply_factor(const float* q,  // [tile_blocks, B
           reinterpret_cast<const Vector*>(q + static_cast<int64_t>(k) * (B * B)) + (kTransposed ? column * B : column);
 #pragma unroll kSteps
       for (int a = 0; a < 2 * kSharedBy; ++a) {
-        const int place = low + (a < kSharedBy ? a : to_high + a - kSharedBy);
+        const int place = a < kSharedBy ? low + a : high + a - kSharedBy;
         float z[R][P];
 #pragma unroll
-        for (int j = 0; j < R; ++j) unpack(vectors[row.offset[j] + place], z[j]);
+        for (int j = 0; j < R; ++j) unpack(vectors[row.part[j] ^ place], z[j]);
         if constexpr (kTransposed) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
@@ -461,8 +503,8 @@ __device__ __forceinline__ void apply_factor(const float* q,  // [tile_blocks, B
     if (active) {
 #pragma unroll
       for (int j = 0; j < R; ++j) {
-        vectors[row.offset[j] + low + column] = pack(out[j][0]);
-        vectors[row.offset[j] + low + to_high + column] = pack(out[j][1]);
+        vectors[row.part[j] ^ (low + column)] = pack(out[j][0]);
+        vectors[row.part[j] ^ (high + column)] = pack(out[j][1]);
       }
     }
   }
@@ -471,28 +513,28 @@ __device__ __forceinline__ void apply_factor(const float* q,  // [tile_blocks, B
 // Where the entries of block k of factor f lie in a row of the tile. Odd b occur with a single factor only, where the
 // two half-blocks are neighbours and it does not matter where one ends.
 struct BlockPlaces {
-  int half, low, high;
-  __device__ __forceinline__ BlockPlaces(int k, int b, int f) : half(b / 2) {
+  int half, low, high, tile_rows;
+  __device__ __forceinline__ BlockPlaces(int k, int b, int f, int tile_rows) : half(b / 2), tile_rows(tile_rows) {
     const int half_blocks = 1 << f;
     low = (k >> f) * half_blocks * b + (k & (half_blocks - 1)) * half;
     high = low + half_blocks * half;
   }
-  __device__ __forceinline__ int operator()(int a) const { return a < half ? low + a : high + (a - half); }
+  __device__ __forceinline__ int operator()(int a) const {
+    return ButterflyLayout<0>::column_part(a < half ? low + a : high + (a - half), tile_rows);
+  }
 };
 
 // apply_factor for any b, from one buffer to another: a thread has some neighbouring columns of one block.
 template <bool kTransposed = false>
 __device__ __forceinline__ void apply_factor_generic(const float* q,  // [tile_blocks, b, b]
-                                                     const float* from, float* to, int row_stride, int rows,
-                                                     int tile_blocks, int b, int f) {
+                                                     const float* from, float* to, int tile_rows, int tile_blocks,
+                                                     int b, int f) {
   constexpr int R = kButterflyRowsPerThread, C = kButterflyColumns;
-  const int group = threadIdx.x;
-  if (group >= rows) return;
-  const ThreadRows row(group, blockDim.x, rows, row_stride);
+  const ThreadRows<0> row(threadIdx.x, blockDim.x, tile_rows);
   const int pieces = (b + C - 1) / C;
   for (int item = threadIdx.y; item < tile_blocks * pieces; item += blockDim.y) {
     const int k = item / pieces, first = item % pieces * C;
-    const BlockPlaces place(k, b, f);
+    const BlockPlaces place(k, b, f, tile_rows);
     const float* q_row = q + static_cast<int64_t>(k) * b * b + (kTransposed ? first * b : first);
     float out[R][C] = {};
     for (int a = 0; a < b; ++a, q_row += kTransposed ? 1 : b) {
@@ -500,7 +542,7 @@ __device__ __forceinline__ void apply_factor_generic(const float* q,  // [tile_b
 #pragma unroll
       for (int c = 0; c < C; ++c) weight[c] = first + c < b ? __ldg(q_row + (kTransposed ? c * b : c)) : 0.0f;
 #pragma unroll
-      for (int j = 0; j < R; ++j) z[j] = from[row.offset[j] + place(a)];
+      for (int j = 0; j < R; ++j) z[j] = from[row.part[j] ^ place(a)];
 #pragma unroll
       for (int j = 0; j < R; ++j) {
 #pragma unroll
@@ -511,7 +553,7 @@ __device__ __forceinline__ void apply_factor_generic(const float* q,  // [tile_b
     for (int c = 0; c < C; ++c) {
       if (first + c >= b) break;
 #pragma unroll
-      for (int j = 0; j < R; ++j) to[row.offset[j] + place(first + c)] = out[j][c];
+      for (int j = 0; j < R; ++j) to[row.part[j] ^ place(first + c)] = out[j][c];
     }
   }
 }
@@ -532,46 +574,53 @@ struct ButterflySums {
 // That is 32 products for three float4s. When the rows are through, the kSplit lanes that share a patch exchange halves
 // of it until each has the total of its own share, always in the same order.
 //
-// Banks. Lanes that want the same word are served at once. For b = 32 a quarter-warp reads one row at four neighbouring
-// float4s of z and two of g, for b = 16 two rows at two and two; the row stride keeps them apart. For b = 8 it is four
-// rows and both halves of z, which meet in a bank (two by two) in all factors but the third, while in g there is no
-// conflict; for b = 4 two lanes meet in factor 0, as in apply_factor, and for b = 2, four rows of eight blocks, two to
-// four do. The sums in shared memory are in the order of the threads, each in a place that only one thread touches, so
-// they need no barrier and have no conflicts.
+// Banks. Lanes that want the same word are served at once. For b = 8 a quarter-warp has four rows of two blocks, and
+// its neighbour the other half of z: the halves of one z may share a bank. The sums in shared memory are in the order
+// of the threads, each in a place that only one thread touches, so they need no barrier and have no conflicts.
 template <int B>
-__device__ __forceinline__ void correlate(const float* z_tile, const float* g_tile, int row_stride, int rows,
+__device__ __forceinline__ void correlate(const float* z_tile, const float* g_tile, int tile_rows, int rows,
                                           int tile_blocks, int f, const ButterflySums& sums) {
+  using Layout = ButterflyLayout<B>;
   constexpr int kHalf = B / 2, P = kHalf < 4 ? kHalf : 4, kVectors = kHalf / P;
   constexpr int A = B < 4 ? B : 4;                                   // entries of z; both halves if b <= 4
   constexpr int kPatches = B / A * kVectors;                         // of a block
   constexpr int kSplit = B == 4 ? 8 : B <= 8 ? 4 : B == 16 ? 2 : 1;  // lanes that share a patch
   constexpr int kOwn = 2 * A / kSplit;                               // Vectors of it that a lane has at the end
+  constexpr int kTogether = B == 8 ? 2 : 1;                          // blocks that go through their patches together
   using Vector = decltype(pack(*static_cast<float (*)[P]>(nullptr)));
   const Vector* z_vectors = reinterpret_cast<const Vector*>(z_tile);
   const Vector* g_vectors = reinterpret_cast<const Vector*>(g_tile);
-  const int stride = row_stride / P, half_blocks = 1 << f, to_high = half_blocks * kVectors;
+  const int half_blocks = 1 << f;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
-  const int lane = thread % kSplit, total = tile_blocks * kPatches * kSplit;
+  const int lane = thread % kSplit;
+  const int total = (tile_blocks + kTogether - 1) / kTogether * kTogether * kPatches * kSplit;
 
   // The trip count is the same for all threads, as the exchange wants it.
   for (int first = 0; first < total; first += threads) {
     const int index = first + thread, item = index / kSplit;
-    const int k = item / kPatches, patch = item % kPatches;
+    const int k = item / (kPatches * kTogether) * kTogether + item % kTogether, patch = item / kTogether % kPatches;
     const int z_vector = patch % kVectors, g_vector = patch / kVectors % kVectors;
     const int z_half = patch / (kVectors * kVectors);  // 0 if b <= 4
-    const bool active = index < total;
+    const bool active = k < tile_blocks;
     float sum[2 * A][P] = {};
     if (active) {
-      const int low = (k >> f) * 2 * to_high + (k & (half_blocks - 1)) * kVectors;
-      const Vector* z_at = z_vectors + low + z_half * to_high + z_vector;
-      const Vector* g_at = g_vectors + low + g_vector;
+      const int unit = (k >> f) * 2 * half_blocks + (k & (half_blocks - 1));
+      const auto place = [&](int half, int vector) {
+        const int column = Layout::column_part((unit + half * half_blocks) * kHalf, tile_rows);
+        return (column ^ Layout::row_part(lane)) / P + vector;
+      };
+      int z_place[A / P];
+#pragma unroll
+      for (int i = 0; i < A / P; ++i) z_place[i] = place(z_half + i, z_vector);
+      const int g_place[2] = {place(0, g_vector), place(1, g_vector)};
 #pragma unroll 2
-      for (int row = lane; row < rows; row += kSplit) {
+      for (int step = 0; lane + step < rows; step += kSplit) {
+        const int row = Layout::row_part(step) / P;  // the same for all threads
         float z[A / P][P], g[2][P];
 #pragma unroll
-        for (int i = 0; i < A / P; ++i) unpack(z_at[row * stride + i * to_high], z[i]);
-        unpack(g_at[row * stride], g[0]);
-        unpack(g_at[row * stride + to_high], g[1]);
+        for (int i = 0; i < A / P; ++i) unpack(z_vectors[z_place[i] ^ row], z[i]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) unpack(g_vectors[g_place[h] ^ row], g[h]);
 #pragma unroll
         for (int a = 0; a < A; ++a) {
 #pragma unroll
@@ -619,23 +668,24 @@ __device__ __forceinline__ void correlate(const float* z_tile, const float* g_ti
 }
 
 // The same for any b: a thread has some neighbouring columns of one row of a block.
-__device__ __forceinline__ void correlate_generic(const float* z_tile, const float* g_tile, int row_stride, int rows,
+__device__ __forceinline__ void correlate_generic(const float* z_tile, const float* g_tile, int tile_rows, int rows,
                                                   int tile_blocks, int b, int f, const ButterflySums& sums) {
   constexpr int C = kButterflyColumns;
   const int pieces = (b + C - 1) / C;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
   for (int item = thread; item < tile_blocks * b * pieces; item += threads) {
     const int block_row = item / pieces, first = item % pieces * C, k = block_row / b;
-    const BlockPlaces place(k, b, f);
+    const BlockPlaces place(k, b, f, tile_rows);
     const int z_place = place(block_row % b);
     int g_place[C];
 #pragma unroll
     for (int c = 0; c < C; ++c) g_place[c] = place(first + c < b ? first + c : first);
     float sum[C] = {};
-    for (int row = 0; row < rows; ++row) {
-      const float z = z_tile[row * row_stride + z_place];
+    for (int t = 0; t < rows; ++t) {
+      const int row = ButterflyLayout<0>::row_part(t);
+      const float z = z_tile[row ^ z_place];
 #pragma unroll
-      for (int c = 0; c < C; ++c) sum[c] = fmaf(z, g_tile[row * row_stride + g_place[c]], sum[c]);
+      for (int c = 0; c < C; ++c) sum[c] = fmaf(z, g_tile[row ^ g_place[c]], sum[c]);
     }
     const int at = block_row * b + first;
 #pragma unroll
@@ -671,19 +721,19 @@ __global__ void __launch_bounds__(kButterflyThreads, butterfly_blocks_per_multip
   T* y_tile = y + first_row * features + first_feature;
 
   if (rows_are_packed(x_tile, x_row_stride, count)) {
-    load_tile<Packed<T>>(x_tile, x_row_stride, tile, shape.row_stride, rows, count);
+    load_tile<Packed<T, B>>(x_tile, x_row_stride, tile, shape.rows, rows, count);
   } else {
-    load_tile<Single<T>>(x_tile, x_row_stride, tile, shape.row_stride, rows, count);
+    load_tile<Single<T, B>>(x_tile, x_row_stride, tile, shape.rows, rows, count);
   }
   __syncthreads();
 
-  float* other = tile + shape.rows * shape.row_stride;  // used by the generic path only
+  float* other = tile + butterfly_tile_floats(shape.rows, shape.features);  // used by the generic path only
   for (int f = factors - 1; f >= 0; --f) {
     const float* q = blocks + (f * features + first_feature) * b;  // block k of factor f is at (f*features/b + k)*b*b
     if constexpr (B > 0) {
-      apply_factor<B>(q, tile, shape.row_stride, rows, count / B, f);
+      apply_factor<B>(q, tile, shape.rows, count / B, f);
     } else {
-      apply_factor_generic(q, tile, other, shape.row_stride, rows, count / b, b, f);
+      apply_factor_generic(q, tile, other, shape.rows, count / b, b, f);
       float* const result = other;
       other = tile, tile = result;
     }
@@ -691,9 +741,9 @@ __global__ void __launch_bounds__(kButterflyThreads, butterfly_blocks_per_multip
   }
 
   if (rows_are_packed(y_tile, features, count)) {
-    store_tile<Packed<T>>(y_tile, features, tile, shape.row_stride, rows, count);
+    store_tile<Packed<T, B>>(y_tile, features, tile, shape.rows, rows, count);
   } else {
-    store_tile<Single<T>>(y_tile, features, tile, shape.row_stride, rows, count);
+    store_tile<Single<T, B>>(y_tile, features, tile, shape.rows, rows, count);
   }
 }
 
@@ -715,31 +765,33 @@ __device__ __forceinline__ void with_element(ButterflyElement element, F&& f) {
 }
 
 // load_tile to an offset in shared memory, from where the tile starts in x.
+template <int B>
 __device__ __forceinline__ void load_rows(ButterflyElement element, const void* x, int64_t x_row_stride,
-                                          int64_t first_row, int64_t first_feature, int tile, int row_stride, int rows,
+                                          int64_t first_row, int64_t first_feature, int tile, int tile_rows, int rows,
                                           int features) {
   extern __shared__ float4 shared_memory[];
   float* to = reinterpret_cast<float*>(shared_memory) + tile;
   with_element(element, [&]<typename T>() {
     const T* first = static_cast<const T*>(x) + first_row * x_row_stride + first_feature;
     if (rows_are_packed(first, x_row_stride, features)) {
-      load_tile<Packed<T>>(first, x_row_stride, to, row_stride, rows, features);
+      load_tile<Packed<T, B>>(first, x_row_stride, to, tile_rows, rows, features);
     } else {
-      load_tile<Single<T>>(first, x_row_stride, to, row_stride, rows, features);
+      load_tile<Single<T, B>>(first, x_row_stride, to, tile_rows, rows, features);
     }
   });
 }
 
+template <int B>
 __device__ __forceinline__ void store_rows(ButterflyElement element, void* y, int64_t y_row_stride, int64_t first_row,
-                                           int64_t first_feature, int tile, int row_stride, int rows, int features) {
+                                           int64_t first_feature, int tile, int tile_rows, int rows, int features) {
   extern __shared__ float4 shared_memory[];
   const float* from = reinterpret_cast<const float*>(shared_memory) + tile;
   with_element(element, [&]<typename T>() {
     T* first = static_cast<T*>(y) + first_row * y_row_stride + first_feature;
     if (rows_are_packed(first, y_row_stride, features)) {
-      store_tile<Packed<T>>(first, y_row_stride, from, row_stride, rows, features);
+      store_tile<Packed<T, B>>(first, y_row_stride, from, tile_rows, rows, features);
     } else {
-      store_tile<Single<T>>(first, y_row_stride, from, row_stride, rows, features);
+      store_tile<Single<T, B>>(first, y_row_stride, from, tile_rows, rows, features);
     }
   });
 }
@@ -772,7 +824,7 @@ __global__ void __launch_bounds__(kButterflyThreads, 2)
   extern __shared__ float4 shared_memory[];
   float* const floats = reinterpret_cast<float*>(shared_memory);
   const int b = B > 0 ? B : block_size;
-  const int page = shape.rows * shape.row_stride;
+  const int page = static_cast<int>(butterfly_tile_floats(shape.rows, shape.features));
   // Offsets in shared memory.
   int g = 0;
   int z = parts ? page : 0;  // not used without block gradients
@@ -786,12 +838,12 @@ __global__ void __launch_bounds__(kButterflyThreads, 2)
   const int chunk_rows = static_cast<int>(min(int64_t{chunk}, tokens - first_row));
 
   constexpr int kSteps = B > 4 ? 1 : 2;  // there are fewer registers left than on the way there
-  const auto apply = [&]<bool kTransposed>(int& tile, int rows, int f) {
+  const auto apply = [&]<bool kTransposed>(int& tile, int f) {
     const float* q = blocks + (f * features + first_feature) * b;
     if constexpr (B > 0) {
-      apply_factor<B, kTransposed, kSteps>(q, floats + tile, shape.row_stride, rows, count / B, f);
+      apply_factor<B, kTransposed, kSteps>(q, floats + tile, shape.rows, count / B, f);
     } else {
-      apply_factor_generic<kTransposed>(q, floats + tile, floats + other, shape.row_stride, rows, count / b, b, f);
+      apply_factor_generic<kTransposed>(q, floats + tile, floats + other, shape.rows, count / b, b, f);
       const int result = other;
       other = tile, tile = result;
     }
@@ -801,28 +853,28 @@ __global__ void __launch_bounds__(kButterflyThreads, 2)
   for (int done = 0; done < chunk_rows; done += shape.rows) {
     const int rows = min(shape.rows, chunk_rows - done);
     __syncthreads();  // the last tiles have been read
-    load_rows(element, grad, grad_row_stride, first_row + done, first_feature, g, shape.row_stride, rows, count);
+    load_rows<B>(element, grad, grad_row_stride, first_row + done, first_feature, g, shape.rows, rows, count);
     for (int f = 0; f < factors; ++f) {
       if (parts) {
-        load_rows(element, x, x_row_stride, first_row + done, first_feature, z, shape.row_stride, rows, count);
+        load_rows<B>(element, x, x_row_stride, first_row + done, first_feature, z, shape.rows, rows, count);
         __syncthreads();
-        for (int i = factors - 1; i > f; --i) apply.template operator()<false>(z, rows, i);
+        for (int i = factors - 1; i > f; --i) apply.template operator()<false>(z, i);
         const ButterflySums sums{
-            .shared = sums_in_shared ? floats + own_sums + f * shape.features * b : nullptr,
+            .shared = sums_in_shared ? floats + own_sums + f * butterfly_sums_floats(shape.features, b) : nullptr,
             .part = parts + ((static_cast<int64_t>(group) * factors + f) * features + first_feature) * b,
             .first = done == 0,
             .last = done + rows == chunk_rows,
         };
         if constexpr (B > 0) {
-          correlate<B>(floats + z, floats + g, shape.row_stride, rows, count / B, f, sums);
+          correlate<B>(floats + z, floats + g, shape.rows, rows, count / B, f, sums);
         } else {
-          correlate_generic(floats + z, floats + g, shape.row_stride, rows, count / b, b, f, sums);
+          correlate_generic(floats + z, floats + g, shape.rows, rows, count / b, b, f, sums);
         }
       }
       __syncthreads();
-      if (f + 1 < factors || dx) apply.template operator()<true>(g, rows, f);
+      if (f + 1 < factors || dx) apply.template operator()<true>(g, f);
     }
-    if (dx) store_rows(element, dx, features, first_row + done, first_feature, g, shape.row_stride, rows, count);
+    if (dx) store_rows<B>(element, dx, features, first_row + done, first_feature, g, shape.rows, rows, count);
   }
 }
 

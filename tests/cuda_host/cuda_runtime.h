@@ -33,6 +33,7 @@
 #endif
 
 #define __global__
+#define __host__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -80,6 +81,7 @@ struct Fiber {
   enum State { kReady, kAtWarpBarrier, kAtBlockBarrier, kDone };
   State state = kReady;
   std::source_location where;  // the barrier it waits at
+  unsigned barriers = 0;       // that it has come to
   uint3 thread;
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
@@ -130,6 +132,7 @@ class Block {
   void wait(Fiber::State state, std::source_location where) {
     running_->state = state;
     running_->where = where;
+    ++running_->barriers;
     switch_to(&running_->context, &scheduler_, scheduler_stack_, scheduler_stack_bytes_, false);
   }
 
@@ -137,7 +140,7 @@ class Block {
   template <typename T>
   T shuffle(T value, size_t lane, std::source_location where) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
-    const size_t self = index_of(*running_), first = self / kWarp * kWarp;
+    const size_t self = thread(), first = self / kWarp * kWarp;
     std::memcpy(&handed_in_[self], &value, sizeof(T));
     wait(Fiber::kAtWarpBarrier, where);
     if (first + lane >= fibers_.size() || fibers_[first + lane].state == Fiber::kDone) {
@@ -147,7 +150,9 @@ class Block {
     wait(Fiber::kAtWarpBarrier, where);  // read by all before the next value is handed in
     return value;
   }
-  size_t lane() const { return index_of(*running_) % kWarp; }
+  size_t lane() const { return thread() % kWarp; }
+  size_t thread() const { return index_of(*running_); }
+  unsigned barriers() const { return running_->barriers; }
 
   static inline Block* current = nullptr;
 
@@ -159,6 +164,7 @@ class Block {
     const unsigned t = static_cast<unsigned>(i);
     fiber.thread = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
     fiber.state = Fiber::kReady;
+    fiber.barriers = 0;
     ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStackBytes);  // the last block's fiber never unwound it
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();

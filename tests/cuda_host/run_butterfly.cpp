@@ -176,8 +176,7 @@ void run(const Arguments& args) {
 void print_plan(const ButterflyPlan& plan) {
   std::cout << "{\"grid\": " << plan.grid.x << ", \"block\": [" << plan.block.x << ", " << plan.block.y
             << "], \"shared_bytes\": " << plan.shared_bytes << ", \"rows\": " << plan.tile.rows
-            << ", \"features\": " << plan.tile.features << ", \"row_stride\": " << plan.tile.row_stride
-            << ", \"across\": " << plan.tile.across;
+            << ", \"features\": " << plan.tile.features << ", \"across\": " << plan.tile.across;
 }
 
 template <typename T>
