@@ -18,7 +18,7 @@ from fastpeft.model import (
     set_adapter,
     unmerge,
 )
-from fastpeft.nn import BOFTConfig, FourierFTConfig, LoraConfig, MosConfig
+from fastpeft.nn import BOFTConfig, FourierFTConfig, LoraConfig, MosConfig, OFTConfig
 
 try:
     __version__ = version("fastpeft")
@@ -30,6 +30,7 @@ __all__ = [
     "FourierFTConfig",
     "LoraConfig",
     "MosConfig",
+    "OFTConfig",
     "adapt",
     "adapter_parameters",
     "backends",

@@ -1,4 +1,4 @@
-"""What several test files need: the four methods at small sizes, adapted layers with values in them, plain formulas.
+"""What several test files need: the methods at small sizes, adapted layers with values in them, plain formulas.
 
 The formulas here are written from the papers' equations with dense matrices and differentiated by autograd. In float64
 they are the truth, in another dtype the composition of PyTorch operations that a result is compared with.
@@ -79,7 +79,15 @@ FOURIERFT = Method(  # a scaling that makes the delta about as large as the base
     ("spectrum",),
     None,
 )
-METHODS = [LORA, MOS, BOFT, FOURIERFT]
+OFT = Method(
+    "oft",
+    fastpeft.OFTConfig,
+    fastpeft.nn.OFTLinear,
+    (("oft_block_size", 4),),
+    ("oft_R",),
+    "module_dropout",
+)
+METHODS = [LORA, MOS, BOFT, FOURIERFT, OFT]
 WITH_DROPOUT = [method for method in METHODS if method.dropout]
 every_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
@@ -97,8 +105,10 @@ def fill(module: nn.Module, seed: int = 0) -> nn.Module:
             values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             if name.endswith(("lora_A", "pool_A", "lora_B", "pool_B")):
                 values = values / parameter.shape[-1] ** 0.5
-            elif name.endswith("boft_R"):
+            elif name.endswith(".boft_R"):
                 values = values / 2
+            elif name.endswith(".oft_R"):
+                values = values / 5  # a series of few terms is for small rotations
             elif name.endswith("boft_s"):
                 values = 1 + values / 4
             parameter.copy_(values)
@@ -143,9 +153,11 @@ def plain_delta(adapter: nn.Module) -> Tensor:
 
 
 def plain_rotation(adapter: nn.Module) -> Tensor:
-    """R, (in, in), of a BOFT adapter."""
-    R = wide(adapter.boft_R)
-    return reference.boft.butterfly_matrix(reference.boft.boft_blocks(R))
+    """R, (in, in), of an adapter that rotates."""
+    if isinstance(adapter, fastpeft.nn.OFTAdapter):
+        blocks = reference.oft.oft_blocks(wide(adapter.oft_R), adapter.block_size, adapter.neumann_terms, adapter.eps)
+        return torch.block_diag(*blocks.expand(adapter.in_features // adapter.block_size, -1, -1))
+    return reference.boft.butterfly_matrix(reference.boft.boft_blocks(wide(adapter.boft_R)))
 
 
 def plain_forward(adapters: Iterable[nn.Module], x: Tensor, base: Callable[[Tensor], Tensor], bias=None) -> Tensor:
@@ -158,7 +170,8 @@ def plain_forward(adapters: Iterable[nn.Module], x: Tensor, base: Callable[[Tens
         z = (z.to(torch.promote_types(z.dtype, R.dtype)) @ R).to(x.dtype)
     y = base(z)
     for adapter in rotations:
-        y = (y * adapter.boft_s.squeeze(-1)).to(y.dtype)
+        if isinstance(adapter, fastpeft.nn.BOFTAdapter):
+            y = (y * adapter.boft_s.squeeze(-1)).to(y.dtype)
     y = y if bias is None else (y + bias).to(y.dtype)
     for adapter in adapters:
         if not adapter.rotates:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BOFT, FOURIERFT, IN, LORA, MOS, Method, assert_unchanged, every_method, snapshot
+from helpers import BOFT, FOURIERFT, IN, LORA, MOS, OFT, Method, assert_unchanged, every_method, snapshot
 from safetensors.torch import load_file, save_file
 from small_models import ALL_LINEAR, Model, adapted_model
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ def reshaped(end: str, change_shape: Callable[[Tensor], Tensor]) -> Callable[[Pa
     return with_tensors(change)
 
 
-LAST = {LORA: "lora_B.weight", MOS: "pool_B", BOFT: "boft_s", FOURIERFT: "fourierft_spectrum"}
+LAST = {LORA: "lora_B.weight", MOS: "pool_B", BOFT: "boft_s", FOURIERFT: "fourierft_spectrum", OFT: "oft_R.weight"}
 
 # Method, what is done to a good folder, and what the error has to name beside the folder.
 WRONG_FILES: dict[str, tuple[Method, Callable[[Path], None], list[str]]] = {
@@ -195,6 +195,12 @@ WRONG_FILES: dict[str, tuple[Method, Callable[[Path], None], list[str]]] = {
     ),
     "block that does not divide": (BOFT, with_config(boft_block_size=5), ["boft_block_size=5", "24"]),
     "too many factors": (BOFT, with_config(boft_n_butterfly_factor=9), ["boft_n_butterfly_factor=9"]),
+    "both block sizes": (OFT, with_config(r=6), ["r", "oft_block_size", "6 and 4"]),
+    "another block size": (OFT, with_config(oft_block_size=8), ["oft_R.weight", "(3, 28)", "(6, 6)"]),
+    "a shared block": (OFT, with_config(block_share=True), ["oft_R.weight", "(1, 6)", "(6, 6)"]),
+    "PEFT's other series": (OFT, with_config(peft_version="0.17.1"), ["use_cayley_neumann", "0.18", "'0.17.1'"]),
+    "a series of no version": (OFT, with_config(peft_version=DROP), ["use_cayley_neumann", "0.18", "None"]),
+    "endless series": (OFT, with_config(num_cayley_neumann_terms=10**9), ["num_cayley_neumann_terms", str(10**9)]),
     "too many frequencies": (FOURIERFT, with_config(n_frequency=10**6), ["n_frequency", "576", "1000000"]),
     "seed that is no seed": (FOURIERFT, with_config(random_loc_seed=2**70), ["random_loc_seed", str(2**70)]),
     "pool too small": (MOS, with_config(pool_rank=1), ["r=3", "pool_rank=1"]),

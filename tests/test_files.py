@@ -19,6 +19,7 @@ from helpers import (
     LORA,
     METHODS,
     MOS,
+    OFT,
     Method,
     assert_unchanged,
     every_method,
@@ -122,6 +123,7 @@ def test_loading_into_another_adapter_of_that_name_is_refused(method: Method, tm
         MOS: {"seed": 3},
         BOFT: {"boft_dropout": 0.5},
         FOURIERFT: {"scaling": 7.0},
+        OFT: {"use_cayley_neumann": False},
     }
     for model in (
         adapted_model(method, **changes[method]),

@@ -13,6 +13,7 @@ from helpers import (
     MANY,
     METHODS,
     MOS,
+    OFT,
     OUT,
     WITH_DROPOUT,
     Allocations,
@@ -160,6 +161,7 @@ def saved_numbers(layer: nn.Module, tokens: int) -> float:
         pytest.param(MOS, 3, id="mos"),  # the same
         pytest.param(BOFT, BIG_OUT, id="boft"),  # what boft_s scales, T × out
         pytest.param(FOURIERFT, 0, id="fourierft"),
+        pytest.param(OFT, 0, id="oft"),
     ],
 )
 @pytest.mark.parametrize("tokens", [64, 2000])

@@ -15,6 +15,7 @@ from helpers import (
     LORA,
     METHODS,
     MOS,
+    OFT,
     OUT,
     WITH_DROPOUT,
     Method,
@@ -203,6 +204,13 @@ SIZES = [
     (BOFT, 18, 7, {"boft_block_size": 6, "boft_n_butterfly_factor": 1}),  # three blocks: no power of two
     (BOFT, 32, 7, {"boft_block_size": 2, "boft_n_butterfly_factor": 5}),  # the deepest butterfly
     (BOFT, 48, 7, {"boft_block_size": 0, "boft_block_num": 12, "boft_n_butterfly_factor": 3}),
+    (OFT, 13, 7, {"oft_block_size": 13}),  # one dense block
+    (OFT, 13, 7, {"oft_block_size": 1}),  # nothing to rotate
+    (OFT, 15, 9, {"oft_block_size": 5, "use_cayley_neumann": False}),  # odd blocks
+    (OFT, 24, 7, {"oft_block_size": 0, "r": 4}),
+    (OFT, 24, 7, {"block_share": True}),
+    (OFT, 24, 7, {"block_share": True, "use_cayley_neumann": False}),
+    (OFT, 64, 7, {"oft_block_size": 32}),  # the default
     (FOURIERFT, 13, 7, {}),
     (FOURIERFT, 7, 13, {"n_frequency": 91}),  # every entry of an odd spectrum
     (FOURIERFT, 6, 4, {"n_frequency": 24}),  # every entry of an even one: all the mirror images

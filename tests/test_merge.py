@@ -45,7 +45,16 @@ def merged_in_plain(layer: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, weight.to(layer.weight.dtype), layer.bias)
 
 
-MERGED_TOGETHER = [["lora"], ["mos"], ["boft"], ["fourierft"], ["lora", "fourierft"], ["boft", "lora", "mos"]]
+MERGED_TOGETHER = [
+    ["lora"],
+    ["mos"],
+    ["boft"],
+    ["fourierft"],
+    ["oft"],
+    ["lora", "fourierft"],
+    ["boft", "lora", "mos"],
+    ["oft", "boft", "mos"],
+]
 
 
 @pytest.mark.parametrize("names", MERGED_TOGETHER, ids="+".join)

@@ -7,10 +7,12 @@ from fastpeft.nn.fourierft import FourierFTAdapter, FourierFTConfig, FourierFTLi
 from fastpeft.nn.linear import Adapted, AdaptedLinear
 from fastpeft.nn.lora import LoRAAdapter, LoraConfig, LoRALinear
 from fastpeft.nn.mos import MoSAdapter, MosConfig, MoSLinear
+from fastpeft.nn.oft import OFTAdapter, OFTConfig, OFTLinear
 
 # Every method there is, by the name that configurations and files carry. A new method is one line here.
 METHODS: dict[str, type[Adapter]] = {
-    method.config_class.peft_type: method for method in (LoRAAdapter, MoSAdapter, BOFTAdapter, FourierFTAdapter)
+    method.config_class.peft_type: method
+    for method in (LoRAAdapter, MoSAdapter, BOFTAdapter, FourierFTAdapter, OFTAdapter)
 }
 
 __all__ = [
@@ -31,5 +33,8 @@ __all__ = [
     "MoSAdapter",
     "MoSLinear",
     "MosConfig",
+    "OFTAdapter",
+    "OFTConfig",
+    "OFTLinear",
     "Site",
 ]
