@@ -115,11 +115,11 @@ def draw_values(model, seed):
 
 
 PEFT_NAMES = re.compile(
-    r"base_model\.model\.(?P<path>.*)\.(?P<key>lora_[AB]|lora_magnitude_vector|boft_[Rs]|fourierft_spectrum)"
+    r"base_model\.model\.(?P<path>.*)\.(?P<key>lora_[AB]|lora_magnitude_vector|boft_[Rs]|fourierft_spectrum|oft_R)"
     r"\.(?P<adapter>\w+)"
 )
 OUR_NAMES = re.compile(
-    r"(?P<path>.*)\.adapters\.(?P<adapter>\w+)\.(?P<key>lora_[AB]|lora_magnitude_vector|boft_[Rs]|spectrum)"
+    r"(?P<path>.*)\.adapters\.(?P<adapter>\w+)\.(?P<key>lora_[AB]|lora_magnitude_vector|boft_[Rs]|spectrum|oft_R)"
 )
 
 
@@ -326,6 +326,28 @@ def test_boft_with_more_factors(monkeypatch, cuda_helper, width, hidden, block_s
     compare(monkeypatch, make_tower(width, hidden), config, make_inputs(width))
 
 
+OFT = [
+    # width, hidden, options
+    pytest.param(24, 32, {"oft_block_size": 8}, id="usual"),
+    pytest.param(24, 32, {"oft_block_size": 8, "use_cayley_neumann": False}, id="exact"),
+    *(
+        pytest.param(20, 28, {"oft_block_size": 4, "num_cayley_neumann_terms": terms}, id=f"{terms}-terms")
+        for terms in (2, 3, 4, 6, 9)  # one term has no gradient at PEFT's
+    ),
+    pytest.param(35, 21, {"oft_block_size": 7, "use_cayley_neumann": False}, id="odd-blocks"),
+    pytest.param(13, 26, {"oft_block_size": 13}, id="one-prime-block"),
+    pytest.param(15, 25, {"oft_block_size": 0, "r": 5}, id="by-number"),  # blocks of 3 and of 5
+    pytest.param(24, 32, {"oft_block_size": 8, "block_share": True}, id="shared"),
+    pytest.param(24, 32, {"oft_block_size": 4, "block_share": True, "use_cayley_neumann": False}, id="shared-exact"),
+]
+
+
+@pytest.mark.parametrize("width, hidden, options", OFT)
+def test_oft(monkeypatch, width, hidden, options):
+    config = peft.OFTConfig(target_modules=EVERYWHERE, **options)
+    compare(monkeypatch, make_tower(width, hidden), config, make_inputs(width))
+
+
 METHODS = [
     pytest.param(peft.LoraConfig(r=4, lora_alpha=7, target_modules=EVERYWHERE), id="lora"),
     pytest.param(peft.FourierFTConfig(n_frequency=50, scaling=20.0, target_modules=EVERYWHERE), id="fourierft"),
@@ -333,6 +355,9 @@ METHODS = [
     pytest.param(
         peft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=EVERYWHERE), id="boft-two-factors"
     ),
+    pytest.param(peft.OFTConfig(oft_block_size=8, target_modules=EVERYWHERE), id="oft"),
+    pytest.param(peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=EVERYWHERE), id="oft-exact"),
+    pytest.param(peft.OFTConfig(oft_block_size=8, block_share=True, target_modules=EVERYWHERE), id="oft-shared"),
 ]
 
 
@@ -482,6 +507,20 @@ FOLDERS = [
 ]
 
 
+FOLDERS += [
+    pytest.param(peft.OFTConfig(target_modules=EVERYWHERE, **options), id=name)
+    for name, options in {
+        "oft": {"oft_block_size": 8, "module_dropout": 0.1},
+        "oft-exact": {"oft_block_size": 4, "use_cayley_neumann": False},
+        "oft-terms": {"oft_block_size": 8, "num_cayley_neumann_terms": 7},
+        "oft-by-number": {"oft_block_size": 0, "r": 4},
+        "oft-shared": {"oft_block_size": 8, "block_share": True},
+        "oft-shared-exact": {"oft_block_size": 0, "r": 2, "block_share": True, "use_cayley_neumann": False},
+        "oft-constrained": {"oft_block_size": 8, "coft": True, "eps": 2.0, "use_cayley_neumann": False},
+    }.items()
+]
+
+
 @pytest.mark.parametrize("config", FOLDERS)
 def test_a_folder_of_pefts_is_read(monkeypatch, cuda_helper, tmp_path, config):
     base = make_tower(24, 40)
@@ -523,6 +562,7 @@ def read_with_peft(base, folder):
         pytest.param(
             fastpeft.FourierFTConfig(n_frequency=60, init_weights=False, target_modules="all-linear"), id="fourierft"
         ),
+        pytest.param(fastpeft.OFTConfig(oft_block_size=8, init_weights=False, target_modules="all-linear"), id="oft"),
     ],
 )
 def test_peft_reads_all_linear(monkeypatch, tmp_path, config):
@@ -554,6 +594,8 @@ def test_one_factor_where_the_file_says_two(monkeypatch, tmp_path):
 
 # Configurations
 
+SIZES = {peft.FourierFTConfig: {"n_frequency": 9}, peft.OFTConfig: {"oft_block_size": 8}}  # that fit 24 → 40
+
 
 @pytest.mark.parametrize(
     "options",
@@ -570,10 +612,10 @@ def test_one_factor_where_the_file_says_two(monkeypatch, tmp_path):
     ],
     ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
 )
-@pytest.mark.parametrize("config_class", [peft.LoraConfig, peft.BOFTConfig, peft.FourierFTConfig])
+@pytest.mark.parametrize("config_class", [peft.LoraConfig, peft.BOFTConfig, peft.FourierFTConfig, peft.OFTConfig])
 def test_the_same_layers_are_adapted(config_class, options):
     base = nn.Sequential(OrderedDict(model=make_tower(24, 40)))  # PEFT tells layer lists by what stands before them
-    sizes = {"n_frequency": 9} if config_class is peft.FourierFTConfig else {}
+    sizes = SIZES.get(config_class, {})
     theirs = peft_model(base, config_class(**options, **sizes))
     ours = fastpeft.adapt(copy.deepcopy(base), config_class(**options, **sizes))
     assert {key[1] for key in adapter_values(ours)} == set(theirs.targeted_module_names)
@@ -597,7 +639,7 @@ def test_the_same_layers_are_adapted(config_class, options):
 )
 def test_patterns_mean_the_same(config_class, name, pattern):
     base = nn.Sequential(OrderedDict(model=make_tower(24, 40)))
-    sizes = {"n_frequency": 9} if config_class is peft.FourierFTConfig else {}
+    sizes = SIZES.get(config_class, {})
     config = config_class(target_modules=EVERYWHERE, **{name: pattern}, **sizes)
     theirs, ours = peft_model(base, config), fastpeft.adapt(copy.deepcopy(base), copy.deepcopy(config))
     shapes = [{key: value.shape for key, value in adapter_values(model).items()} for model in (theirs, ours)]
@@ -622,7 +664,7 @@ def test_all_linear_means_the_same(make):
     assert {key[1] for key in adapter_values(ours)} == set(theirs.targeted_module_names)
 
 
-@pytest.mark.parametrize("config_class", [peft.LoraConfig, peft.BOFTConfig, peft.FourierFTConfig])
+@pytest.mark.parametrize("config_class", [peft.LoraConfig, peft.BOFTConfig, peft.FourierFTConfig, peft.OFTConfig])
 def test_book_keeping_is_accepted(config_class):
     config = config_class(
         target_modules=["up"],
@@ -630,9 +672,8 @@ def test_book_keeping_is_accepted(config_class):
         inference_mode=True,
         base_model_name_or_path="x",
         revision="main",
+        **SIZES.get(config_class, {}),
     )
-    if config_class is peft.FourierFTConfig:
-        config.n_frequency = 9
     assert adapter_values(fastpeft.adapt(make_tower(24, 40), config))
 
 
@@ -650,6 +691,8 @@ UNSUPPORTED = [
     (peft.BOFTConfig, "modules_to_save", ["head"]),
     (peft.FourierFTConfig, "bias", "all"),
     (peft.FourierFTConfig, "modules_to_save", ["head"]),
+    (peft.OFTConfig, "bias", "oft_only"),
+    (peft.OFTConfig, "modules_to_save", ["head"]),
 ]
 
 
@@ -658,7 +701,7 @@ UNSUPPORTED = [
     [pytest.param(*case, id=f"{case[0].__name__}-{case[1]}-{case[2]}") for case in UNSUPPORTED],
 )
 def test_an_option_that_is_not_supported_is_named(tmp_path, config_class, option, value):
-    sizes = {"n_frequency": 9} if config_class is peft.FourierFTConfig else {}
+    sizes = SIZES.get(config_class, {})
     base = make_tower(24, 40)
     with pytest.raises(ValueError, match=option):
         fastpeft.adapt(base, config_class(target_modules=["up"], **{option: value}, **sizes))
