@@ -311,7 +311,7 @@ def test_norms(sizes, dtype, adapter_dtype):
     exact = reference.dora.dora_norm(weight, lora_A, lora_B, 0.7)
     uncancelled = weight.square().sum(1) + 0.7**2 * lora_B.square() @ lora_A.square().sum(1)
     own = max(float(((composed - exact) / exact).abs().max()), torch.finfo(torch.float32).eps)
-    allowed = 2 * own * (uncancelled / exact.square()).clamp(min=1, max=16)
+    allowed = 2 * own * (uncancelled / exact.square()).clamp(min=1, max=4)
     assert (((norms - exact) / exact).abs() <= allowed).all()
 
 
@@ -366,10 +366,9 @@ def test_no_matrix_of_the_weights_size_is_made(dtype, p):
         layer.eval()
         with torch.no_grad():
             layer(x)
-    # In 16 bits W is widened in parts of at most 2^18 entries.
-    most = (1 << 18) if dtype == torch.bfloat16 else 1024 * 16
+    most = 768 * 1024 // 4 if dtype == torch.bfloat16 else 1024 * 16  # in 16 bits W is widened in parts
     sizes = [torch.Size(shape).numel() for _, shape in allocations.made]
-    assert max(sizes) <= most < 768 * 1024
+    assert max(sizes) <= most
 
 
 # ---------------------------------------------------------------------- gradients

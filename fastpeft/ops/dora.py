@@ -7,6 +7,8 @@ is the gradient of a LoRA whose output was scaled by numbers that have nothing t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,18 +24,20 @@ def row_squares(
     """‖W‖² of every row: what of the norms stays the same while W does."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad():
-        parts = [torch.linalg.vector_norm(part.to(wide), dim=1) for part in _row_parts(weight, wide)]
-        return torch.cat(parts).square_()
+        return _by_rows(weight, wide, lambda rows: torch.linalg.vector_norm(rows, dim=1)).square_()
 
 
-def _row_parts(weight: Tensor, wide: torch.dtype) -> tuple[Tensor, ...]:
-    """The rows in parts that can be widened one by one; all of them where there is nothing to widen."""
-    return (weight,) if weight.dtype == wide else weight.split(_rows_of_part(weight))
+def _by_rows(weight: Tensor, wide: torch.dtype, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """function(weight in the wide dtype), whose rows follow from the weight's rows, never with all of them widened."""
+    if weight.dtype == wide:
+        return function(weight)
+    return torch.cat([function(rows.to(wide)) for rows in weight.split(_rows_of_part(weight))])
 
 
 def _rows_of_part(weight: Tensor) -> int:
-    """How many rows of W are widened at a time: on a CPU what a second-level cache holds."""
-    return max(1, (1 << (18 if weight.is_cpu else 22)) // max(1, weight.shape[1]))
+    """How many rows of W are widened at a time: a quarter at most, and on a CPU what a second-level cache holds."""
+    entries = 1 << (18 if weight.is_cpu else 22)
+    return max(1, min(entries // max(1, weight.shape[1]), weight.shape[0] // 4))
 
 
 def row_norms(
@@ -46,7 +50,7 @@ def row_norms(
     """‖W + s · B A‖ of every row, by ‖W‖² + s · ⟨2 W Aᵀ + s · B (A Aᵀ), B⟩: r-wide products alone.
 
     Where what is added up nearly cancels, digits are lost: with κ² = (‖W‖² + s² Σ_k B_k² ‖A_k‖²) / ‖W + s · B A‖² the
-    relative error is up to 2 κ² times that of a sum of as many squares, a few ε. On the CPU rows with κ > 4 are
+    relative error is up to 2 κ² times that of a sum of as many squares, a few ε. On the CPU rows with κ > 2 are
     therefore summed up again entry by entry, a part at a time; on other devices, where looking for them would make the
     host wait, they are not.
     """
@@ -54,7 +58,7 @@ def row_norms(
     with torch.no_grad(), base.without_autocast(weight):
         A, B = lora_A.to(wide), lora_B.to(wide)
         squares = (row_squares(weight) if squares is None else squares).to(wide)
-        mixed = torch.cat([part.to(wide) @ A.T for part in _row_parts(weight, wide)])
+        mixed = _by_rows(weight, wide, lambda rows: rows @ A.T)
         # In float32 libraries lose a digit of it over thousands of columns. MPS has nothing wider.
         precise = A if A.device.type == "mps" else A.double()
         products = (precise @ precise.T).to(wide)
@@ -63,7 +67,7 @@ def row_norms(
         norms = norms2.sqrt()
         if norms.is_cpu and not torch.compiler.is_compiling():
             uncancelled = torch.addmv(squares, B.square(), products.diagonal(), alpha=scaling**2)
-            cancelled = norms2.mul_(16) < uncancelled
+            cancelled = norms2.mul_(4) < uncancelled
             if bool(cancelled.any()):
                 for rows in cancelled.nonzero().squeeze(1).split(_rows_of_part(weight)):
                     sums = torch.addmm(weight[rows].to(wide), B[rows], A, alpha=scaling)
