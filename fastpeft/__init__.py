@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastpeft import functional, nn
 from fastpeft.backend import backends, use_backend
+from fastpeft.interop import AccelerationReport, accelerate, decelerate, export_lora
 from fastpeft.model import (
     adapt,
     adapter_parameters,
@@ -26,14 +27,18 @@ except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AccelerationReport",
     "BOFTConfig",
     "FourierFTConfig",
     "LoraConfig",
     "MosConfig",
     "OFTConfig",
+    "accelerate",
     "adapt",
     "adapter_parameters",
     "backends",
+    "decelerate",
+    "export_lora",
     "functional",
     "load_adapter",
     "merge",
