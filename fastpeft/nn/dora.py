@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastpeft.nn.adapter import Site, dropout_p, parameter_of, same_numbers
 from fastpeft.nn.linear import dense_weight
@@ -59,10 +59,6 @@ class DoRAAdapter(LoRAAdapter):
     def low_rank(self) -> None:
         """m takes part in W as well, so there are no A and B of what is added to it."""
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> DoRAAdapter:
-        self.norms.forget()  # not to keep a weight's old memory when a model moves
-        return super()._apply(fn, recurse)
-
 
 class RowNorms:
     """‖W + s · B A‖ of every row for one layer and adapter, kept from one call to the next while nothing changes.
@@ -114,19 +110,19 @@ class _Kept:
     """A tensor as it was: a copy of its numbers, or where it lies and how often it had been changed."""
 
     def __init__(self, tensor: Tensor, numbers: bool) -> None:
-        # Without a copy its memory is held on to, so that no other tensor can come to lie in the same place.
-        self.tensor = tensor.detach().clone() if numbers else tensor.detach()
-        self.version = None if numbers or tensor.is_inference() else tensor._version
-        self.numbers = numbers
+        self.numbers = tensor.detach().clone() if numbers else None
+        # Does not keep the memory, which may be wanted elsewhere; but its name goes to no other storage meanwhile.
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.place = None if numbers else _place(tensor)
 
     def is_still(self, tensor: Tensor) -> bool:
-        if self.numbers:
-            return same_numbers(self.tensor, tensor)
-        return (
-            self.version is not None  # of a tensor made in inference mode changes are not counted
-            and not tensor.is_inference()
-            and self.version == tensor._version
-            and self.tensor.data_ptr() == tensor.data_ptr()
-            and self.tensor.dtype == tensor.dtype
-            and self.tensor.stride() == tensor.stride()
-        )
+        if self.numbers is not None:
+            return same_numbers(self.numbers, tensor)
+        return self.place is not None and self.place == _place(tensor)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...] | None:
+    if tensor.is_inference():  # changes of tensors made in inference mode are not counted
+        return None
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor._version, tensor.data_ptr(), tensor.dtype, tensor.stride()
