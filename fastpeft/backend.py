@@ -176,10 +176,20 @@ class Operator:
     def choose(self, x: Tensor, adapter: Tensor) -> str:
         """The backend that runs for x and an adapter's tensor; the compiled ones take the latter in up to 32 bits.
 
+        Under the transforms of ``torch.func`` (vmap, grad, jacrev, …) that is the reference, which is made of PyTorch's
+        own operations.
+
         Raises:
             RuntimeError: a backend was forced that this operator lacks or that cannot take the tensors.
             ValueError: x and the adapter are on different devices.
         """
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            if _forced not in (None, "reference"):
+                raise RuntimeError(
+                    f"backend {_forced!r} was asked for, but cannot run {self.name} under a transform of torch.func: "
+                    "only the reference can"
+                )
+            return "reference"
         key = (x.dtype, x.device, adapter.dtype, adapter.device, _forced)
         chosen = self._chosen.get(key)  # one look for all questions: asked one by one they take as long as a layer
         if chosen is None:
