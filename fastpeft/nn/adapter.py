@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastpeft.backend import extension
 from fastpeft.config import AdapterConfig
@@ -41,6 +42,7 @@ class Adapter(nn.Module):
 
     config_class: ClassVar[type[AdapterConfig]]
     rotates: ClassVar[bool] = False
+    dropout_p: float = 0.0  # the share that is dropped while training
     # Parameter name -> the end of its key in PEFT's files.
     file_keys: ClassVar[Mapping[str, str]]
 
@@ -70,6 +72,35 @@ class Adapter(nn.Module):
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """A (r, in) and B (out, r) with ΔW = B A, where that is what the method is."""
         return None
+
+    # Tensor parallelism, see fastpeft.interop.distributed: a process has some rows or some columns of the weight, and
+    # all of the adapter's parameters. Nothing is dropped here.
+
+    def split_refusal(self, by_rows: bool) -> str | None:
+        """Why the layer's weight cannot be cut in this direction, or None where it can."""
+        return None
+
+    def linear_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+        """Some outputs of ``linear``, from these rows of weight and bias and all of x.
+
+        This is right for deltas, and for rotations whose ``post`` treats all outputs alike.
+        """
+        if self.rotates:
+            return self.post(F.linear(self.pre(x), weight, bias), bias)
+        return F.linear(x, weight, bias) + self.delta(x)[..., rows]
+
+    def linear_columns(self, x: Tensor, weight: Tensor, columns: slice) -> Tensor:
+        """What some inputs add to ``linear`` without its bias: x and weight are these columns of them alone.
+
+        x is whole where ``mixes_columns`` says that it has to be.
+        """
+        if self.rotates:
+            return self.post(F.linear(self.pre(x)[..., columns], weight), None)
+        return F.linear(x, weight) + self.delta(F.pad(x, (columns.start, self.in_features - columns.stop)))
+
+    def mixes_columns(self, columns: int) -> bool:
+        """Whether inputs cut into pieces of so many features act on each other before they meet the weight."""
+        return self.rotates
 
     def pre(self, x: Tensor) -> Tensor:
         raise NotImplementedError

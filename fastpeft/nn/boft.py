@@ -130,6 +130,23 @@ class BOFTAdapter(Adapter):
             return apply_boft(x, weight, bias, parameter_of(self, "boft_R"), boft_s)
         return rotated_linear(x, weight, bias, self.blocks(), boft_s)
 
+    def linear_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+        return rotated_linear(x, weight, bias, self.blocks(), parameter_of(self, "boft_s")[rows])
+
+    def linear_columns(self, x: Tensor, weight: Tensor, columns: slice) -> Tensor:
+        if x.shape[-1] > weight.shape[1]:
+            return super().linear_columns(x, weight, columns)
+        boft_R, boft_s = parameter_of(self, "boft_R"), parameter_of(self, "boft_s")
+        size = boft_R.shape[-1]
+        part = slice(columns.start // size, columns.stop // size)
+        if self._is_trained():
+            return apply_boft(x, weight, None, boft_R[:, part], boft_s)
+        return rotated_linear(x, weight, None, self.blocks()[:, part], boft_s)
+
+    def mixes_columns(self, columns: int) -> bool:
+        factors, _, size, _ = self.boft_R.shape
+        return columns % (size << (factors - 1)) != 0  # a window of the last factor holds those of all others
+
     def pre(self, x: Tensor) -> Tensor:
         return apply_butterfly(x, self.blocks())
 

@@ -45,6 +45,15 @@ class DoRAAdapter(LoRAAdapter):
         assert weight is not None  # or there would be no adapter
         return add_dora(y, x, weight, getattr(base, "bias", None), *self._of(weight))
 
+    def split_refusal(self, by_rows: bool) -> str | None:
+        return None if by_rows else "the norm of a row of W + s · B A takes all of its columns"
+
+    def linear_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+        lora_A, lora_B = self.matrices()
+        lora_B, magnitude = lora_B[rows], parameter_of(self, "lora_magnitude_vector")[rows]
+        norms = self.norms(weight, lora_A, lora_B, self.scaling)
+        return apply_dora(x, weight, bias, lora_A, lora_B, magnitude, self.scaling, 0.0, norms)
+
     def _of(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, float, float, Tensor]:
         """What the operators take of the adapter."""
         lora_A, lora_B = self.matrices()

@@ -100,6 +100,14 @@ class LoRAAdapter(Adapter):
     def delta(self, x: Tensor) -> Tensor:
         return apply_lora(x, None, None, *self.matrices(), self.scaling, dropout_p(self.dropout))
 
+    def linear_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+        lora_A, lora_B = self.matrices()
+        return apply_lora(x, weight, bias, lora_A, lora_B[rows], self.scaling)
+
+    def linear_columns(self, x: Tensor, weight: Tensor, columns: slice) -> Tensor:
+        lora_A, lora_B = self.matrices()
+        return apply_lora(x, weight, None, lora_A[:, columns], lora_B, self.scaling)
+
     def matrices(self) -> tuple[Tensor, Tensor]:
         return parameter_of(self, "lora_A"), parameter_of(self, "lora_B")
 

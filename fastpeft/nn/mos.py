@@ -21,7 +21,8 @@ from fastpeft import reference
 from fastpeft.config import MOST_RANK, AdapterConfig, require_bool, require_finite, require_int, require_probability
 from fastpeft.nn.adapter import Adapter, Site, dropout_p, make_dropout, parameter_of
 from fastpeft.nn.linear import AdaptedLinear
-from fastpeft.ops.mos import apply_mos, check_index
+from fastpeft.ops.lora import apply_lora
+from fastpeft.ops.mos import apply_mos, assemble, check_index
 
 
 @dataclass(kw_only=True)
@@ -189,6 +190,14 @@ class MoSAdapter(Adapter):
 
     def delta(self, x: Tensor) -> Tensor:
         return apply_mos(x, None, None, *self.shards(), self.scaling, dropout_p(self.dropout))
+
+    def linear_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+        A, B_transposed = assemble(*self.shards())
+        return apply_lora(x, weight, bias, A, B_transposed[:, rows].T, self.scaling)
+
+    def linear_columns(self, x: Tensor, weight: Tensor, columns: slice) -> Tensor:
+        A, B_transposed = assemble(*self.shards())
+        return apply_lora(x, weight, None, A[:, columns], B_transposed.T, self.scaling)
 
     def delta_weight(self) -> Tensor:
         return reference.mos.mos_weight(*self.shards(), self.scaling)

@@ -150,6 +150,9 @@ class OFTAdapter(Adapter):
         identity = torch.eye(self.block_size, dtype=blocks.dtype, device=blocks.device)
         return torch.where(dropped.to(blocks.device)[:, None, None], identity, blocks)
 
+    def split_refusal(self, by_rows: bool) -> str | None:
+        return None if self.eps is None else "coft=True would have to bring the parameters back on every process"
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(self.pre(x), weight, bias)
 
