@@ -40,6 +40,8 @@ METHODS = {
     "boft-b4m2": Method("BOFT b4 m2", "BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 2}),
     "boft-b8m4": Method("BOFT b8 m4", "BOFTConfig", {"boft_block_size": 8, "boft_n_butterfly_factor": 4}),
     "fourierft": Method("FourierFT n1000", "FourierFTConfig", {"n_frequency": 1000}),
+    "oft-b32": Method("OFT b32", "OFTConfig", {"oft_block_size": 32}),
+    "oft-exact": Method("OFT b32 exact", "OFTConfig", {"oft_block_size": 32, "use_cayley_neumann": False}),
 }
 
 # y and the gradient of x, in float64, for rows of x and of the gradient of y.
@@ -118,6 +120,9 @@ def exact_of(layer: nn.Module) -> Exact:
         if not adapter.rotates:
             with fastpeft.use_backend("reference"):
                 return wide(x)
+        if isinstance(adapter, fastpeft.nn.OFTAdapter):
+            blocks = reference.oft.oft_blocks(adapter.oft_R, adapter.block_size, adapter.neumann_terms)
+            return F.linear(rotate(x, blocks[None]), wide.weight, wide.bias)
         y = F.linear(rotate(x, reference.boft.boft_blocks(adapter.boft_R)), wide.weight)
         return y * adapter.boft_s.squeeze(-1) + wide.bias
 
