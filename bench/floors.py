@@ -1,11 +1,12 @@
-"""The floor of the adapter tax on a GPU: what the Triton kernels must move and compute, counted without one.
+"""The floor of the adapter tax on a GPU: what our kernels must move and compute, counted without one.
 
     python bench/floors.py --sizes 4096x4096 --tokens 1 16 4096
 
 The launchers run on tensors without storage. Every kernel and every library call in them is noted, with the bytes of
 its tensors, each once, and the operations of its products. A step takes as long as the slower of the two at an H200's
 peaks, and a call as long as its steps: that, over the same for the frozen product, is the floor of the tax. What is
-read again, waits and launches come on top of it.
+read again, waits and launches come on top of it. That is the Triton lane; what CUDA C++ kernels need is counted from
+their code, in floors_cuda.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import floors_cuda
 import tables
 import torch
 from layers import METHODS
@@ -247,6 +249,13 @@ def floor_of(name: str, size: tuple[int, int], tokens: int, training: bool) -> f
     return adapted(name, size, tokens, training).seconds / frozen(size, tokens, training).seconds
 
 
+def cuda_floor_of(name: str, size: tuple[int, int], tokens: int, training: bool) -> float | None:
+    """The least tax of the CUDA C++ kernels, where the method has them."""
+    method = METHODS[name].config_class.removesuffix("Config").lower()
+    seconds = floors_cuda.seconds_of(method, METHODS[name].options, size, tokens, training)
+    return None if seconds is None else seconds / frozen(size, tokens, training).seconds
+
+
 def target_of(name: str, tokens: int, training: bool) -> str:
     if name not in TARGETS or (not training and 16 < tokens < 2048):
         return "–"
@@ -265,13 +274,14 @@ def line_of(name: str, size: tuple[int, int], tokens: int) -> str:
             f"{(ours.operations - base.operations) / 1e9:.2f}",
             str(ours.launches - base.launches),
             f"{ours.seconds / base.seconds:.2f}",
+            tables.shown(cuda_floor_of(name, size, tokens, training), ".2f"),
             target_of(name, tokens, training),
         ]
     return tables.line(cells)
 
 
 def heading() -> list[str]:
-    names = ("frozen µs", "adapted µs", "+ MB", "+ Gop", "+ launches", "floor of the tax", "target")
+    names = ("frozen µs", "adapted µs", "+ MB", "+ Gop", "+ launches", "floor of the tax", "in CUDA C++", "target")
     return tables.heading("layer", "T", "method", *(f"{name}" for name in names), *(f"training: {n}" for n in names))
 
 

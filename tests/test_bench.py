@@ -18,6 +18,7 @@ sys.path.insert(0, str(BENCH))
 
 import calls  # noqa: E402
 import floors  # noqa: E402
+import floors_cuda  # noqa: E402
 import gpu  # noqa: E402
 import layers  # noqa: E402
 import tables  # noqa: E402
@@ -252,6 +253,18 @@ def test_floors():
                 base, ours = floors.frozen(*case), floors.adapted(name, *case)
                 assert ours.operations >= base.operations and ours.bytes > base.bytes
                 assert 1 < floors.floor_of(name, *case) < 3
+
+
+def test_floors_of_cuda_kernels():
+    """Training costs more than its forward; the frozen product is in it; none for plain LoRA."""
+    for name in ("boft-b8m4", "fourierft"):
+        taxes = [floors.cuda_floor_of(name, (4096, 4096), tokens, True) for tokens in (1, 256, 4096)]
+        assert all(tax is not None and 1 < tax < 3 for tax in taxes)
+        method, options = name.partition("-")[0], layers.METHODS[name].options
+        seconds = [floors_cuda.seconds_of(method, options, (768, 3072), 64, training) for training in (False, True)]
+        assert None not in seconds and seconds[0] < seconds[1]
+        assert seconds[0] > floors.frozen((768, 3072), 64, False).seconds
+    assert floors.cuda_floor_of("lora-r8", (768, 768), 1, False) is None
 
 
 def test_floors_are_printed(capsys):
