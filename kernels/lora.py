@@ -304,8 +304,8 @@ def lora_fwd_config(
     shared_memory: int = SHARED_MEMORY,
     processors: int = PROGRAMS,
     sharded: bool = False,
-) -> dict[str, int | bool]:
-    """The tile sizes, num_warps and num_stages of `lora_fwd_kernel`, from shapes and dtypes alone.
+) -> dict[str, int | bool | None]:
+    """The tile sizes and the compiler's settings of `lora_fwd_kernel`, from shapes and dtypes alone.
 
     It is the first tile above that fits and leaves PROGRAMS programs, else the last one, with as
     many stages as `shared_memory`, in bytes per program, holds. SPLITS programs share the walk of
@@ -332,9 +332,11 @@ def lora_fwd_config(
         # over the edge.
         if wide and (not hopper or split or out_features < 1024):
             continue
-        # The index of the shards takes registers, of which a wide tile for decode has none to spare
-        # beside a split A where loads take more of them (Ampere), or where x is split as well.
-        if sharded and split and tokens <= 16 and block_o == 64 and (not hopper or dtype == torch.float16):
+        # A split A takes registers, of which a wide tile for decode has none to spare where operands do (Ampere), nor
+        # beside the index of the shards where x is split as well. A wide tile beyond decode has none for the index.
+        if split and tokens <= 16 and block_o == 64 and (not hopper or (sharded and dtype == torch.float16)):
+            continue
+        if sharded and size == 2 and not hopper and block_t * block_o > 64 * 128:
             continue
         programs = count_tiles(tokens, block_t) * count_tiles(out_features, block_o)
         accumulators = block_t * (block_o + block_r) // (32 * warps)
@@ -376,6 +378,8 @@ def lora_fwd_config(
         "EVEN_I": in_features % block_i == 0,
         "num_warps": warps,
         "num_stages": max(1, min(stages, fitting_stages)),
+        # Few programs, so that registers are there: the compiler would spill a few to make room for more programs.
+        "maxnreg": 255 if tokens <= 64 and warps == 4 else None,
     }
 
 

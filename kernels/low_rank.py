@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from fastpeft.kernels import device, tuning
-from fastpeft.kernels.device import count_tiles
+from fastpeft.kernels.device import SHARED_MEMORY, count_tiles
 from fastpeft.kernels.dots import dot_down, dot_up, rounded
 
 # A and Bᵀ are read by tiles, of a matrix or where its shards lie: row j of the matrix is the shards index[j, :] of a
@@ -334,6 +334,8 @@ class Dropout(NamedTuple):
 
 
 NO_DROPOUT = Dropout()
+# From as much of it on, Hopper's 227 KiB, tensor cores read from shared memory; before, operands take registers.
+IN_SHARED_MEMORY = 200 * 1024
 FREE = ("BLOCK_T", "BLOCK_D", "num_warps")  # of the settings: what tuning may change
 
 
@@ -345,7 +347,9 @@ def rank_tile(rank: int, most: int) -> int:
     return min(most, max(16, 1 << (rank - 1).bit_length()))
 
 
-def down_config(tokens: int, features: int, rank: int, dtype: torch.dtype, processors: int) -> dict[str, int]:
+def down_config(
+    tokens: int, features: int, rank: int, dtype: torch.dtype, processors: int, shared_memory: int = SHARED_MEMORY
+) -> dict[str, int]:
     """Tiles of `low_rank_down_kernel`, and `splits`, which is taken out before the launch.
 
     Every program reads A, from L2: half as much of it as of x with 32 tokens and a rank of 16. Fewer
@@ -354,6 +358,8 @@ def down_config(tokens: int, features: int, rank: int, dtype: torch.dtype, proce
     block_t = 32 if tokens > 16 and count_tiles(tokens, 32) >= processors else 16
     block_r = rank_tile(rank, 64)
     block_d = 128 if dtype == torch.bfloat16 and block_r <= 32 else 64  # float16 is split, as A is, into more parts
+    if dtype.itemsize == 2 and shared_memory < IN_SHARED_MEMORY:
+        block_d //= 2
     programs = count_tiles(tokens, block_t) * count_tiles(rank, block_r)
     # Adding the parts up takes as long as a few steps of the walk: each split keeps eight.
     splits = max(1, min(processors // programs, count_tiles(features, block_d) // 8))
@@ -368,7 +374,9 @@ def down(
 ) -> torch.Tensor:  # (T, r)
     """s · x Aᵀ in float32; with dropout of x, whose entries that are left are scaled up."""
     (tokens, features), rank = x.shape, A.rank
-    config = down_config(tokens, features, rank, x.dtype, device.processors_of(x.device))
+    config = down_config(
+        tokens, features, rank, x.dtype, device.processors_of(x.device), device.shared_memory_of(x.device)
+    )
     config = tuning.settle("low_rank_down", (features, rank, A.shards, x.dtype), tokens, x.device, config, FREE)
     splits, block_d = config.pop("splits"), config["BLOCK_D"]
     if A.index is not None:
@@ -438,7 +446,9 @@ def up(
     return y
 
 
-def outer_config(tokens: int, features: int, rank: int, itemsize: int, processors: int) -> dict[str, int]:
+def outer_config(
+    tokens: int, features: int, rank: int, itemsize: int, processors: int, shared_memory: int = SHARED_MEMORY
+) -> dict[str, int]:
     """Tiles of `low_rank_outer_kernel`, and `splits`, which is taken out before the launch.
 
     Two programs for each processor, one of which works while the other waits: so the parts are never
@@ -447,9 +457,10 @@ def outer_config(tokens: int, features: int, rank: int, itemsize: int, processor
     """
     block_r = rank_tile(rank, 64 if itemsize == 2 else 32)
     block_d = 64 if features <= 1024 or itemsize == 4 else 128
+    block_t = 32 if itemsize == 4 or (block_d == 128 and shared_memory < IN_SHARED_MEMORY) else 64
     programs = count_tiles(features, block_d) * count_tiles(rank, block_r)
     return {
-        "BLOCK_T": 64 if itemsize == 2 else 32,
+        "BLOCK_T": block_t,
         "BLOCK_D": block_d,
         "BLOCK_R": block_r,
         "splits": max(1, min(2 * processors // programs, tokens // 256)),
@@ -469,7 +480,8 @@ def outer_parts(
     Straight into `out` and None where it is given and one part is enough.
     """
     (tokens, rank), features = left.shape, right.shape[1]
-    config = outer_config(tokens, features, rank, right.element_size(), device.processors_of(right.device))
+    processors, shared_memory = device.processors_of(right.device), device.shared_memory_of(right.device)
+    config = outer_config(tokens, features, rank, right.element_size(), processors, shared_memory)
     config = tuning.settle("low_rank_outer", (features, rank, right.dtype), tokens, right.device, config, FREE)
     splits, block_t = config.pop("splits"), config["BLOCK_T"]
     if splits > 1 or out is None:

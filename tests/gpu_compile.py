@@ -10,10 +10,11 @@ and `compiled_cases(__file__, …)` gives, for every case, one record for each l
 compiles in one process, so this file runs as a program of its own:
 
     python tests/gpu_compile.py test_kernels_boft < cases.json      # prints [case, [record, …]] line by line
-    python tests/gpu_compile.py --write                             # renews tests/kernel_figures.json
+    python tests/gpu_compile.py --write [test_kernels_boft …]       # renews tests/kernel_figures.json, or parts of it
 
-kernel_figures.json holds registers and shared memory of every case as they were committed; a change has to be looked
-at, and either mended or written down. They belong to one release of Triton, and are compared under that alone.
+kernel_figures.json holds a line for every case, its kernels with the registers of a thread and the bytes of shared
+memory as they were committed; a change has to be looked at, and either mended or written down. They belong to one
+release of Triton, and are compared under that alone.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def compile_launch(kernel: Any, args: tuple, config: dict[str, Any], capability:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = {name: config.pop(name) for name in ("num_warps", "num_stages") if name in config}
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in config}
     arguments = dict(zip(kernel.arg_names, args, strict=False)) | config
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
@@ -184,30 +185,34 @@ def check_records(file: str, case: Sequence[Any], records: Any) -> None:
         assert record["addresses"] in (["64"], []), f"{record['kernel']}: an offset can overflow"
     known = json.loads(FIGURES.read_text())
     if known["triton"] == triton.__version__:
-        now = [figures(record) for record in records]
-        assert now == known[Path(file).stem][key_of(case)], "see kernel_figures.json"
+        assert figures(records) == known[Path(file).stem][key_of(case)], "see kernel_figures.json"
 
 
-def figures(record: dict[str, Any]) -> str:
-    return f"{record['kernel']}: {record['registers']} registers, {record['shared_memory']} bytes"
+def figures(records: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(
+        f"{record['kernel'].removesuffix('_kernel')} {record['registers']} {record['shared_memory']}"
+        for record in records
+    )
 
 
-def write() -> None:
+def write(names: Sequence[str]) -> None:
     import triton
 
-    table: dict[str, Any] = {"triton": triton.__version__}
-    with tempfile.TemporaryDirectory() as cache:
-        for path in sorted(Path(__file__).parent.glob("test_kernels_*.py")):
-            sys.path.insert(0, str(path.parent))
-            module = importlib.import_module(path.stem)
-            cases = compiled_cases(str(path), module.CASES, Path(cache))
-            table[path.stem] = {key_of(case): [figures(r) for r in records] for case, records in cases.items()}
-    FIGURES.write_text(json.dumps(table, indent=1) + "\n")
+    table = json.loads(FIGURES.read_text()) | {"triton": triton.__version__}
+    sys.path.insert(0, str(Path(__file__).parent))
+    for name in names or sorted(path.stem for path in Path(__file__).parent.glob("test_kernels_*.py")):
+        module = importlib.import_module(name)
+        with tempfile.TemporaryDirectory() as cache:
+            cases = compiled_cases(name, module.CASES, Path(cache))
+        for case, records in cases.items():
+            assert "error" not in records, (case, records["error"])
+        table[name] = {key_of(case): figures(records) for case, records in cases.items()}
+        FIGURES.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
+    if sys.argv[1:2] == ["--write"]:
         os.environ["TRITON_INTERPRET"] = "1"
-        write()
+        write(sys.argv[2:])
     else:
         main(sys.argv[1])

@@ -505,6 +505,11 @@ CASES = [
     (90, "fwd", 64, 14336, 1024, 16, "bf16", "bf16"),
     (80, "fwd", 1, 3584, 512, 16, "fp32", "fp32"),
     (100, "fwd", 1, 18944, 3584, 16, "bf16", "bf16"),
+    # Where the compiler would spill: wide rows of W beside a split A, and few registers for the sake of more programs.
+    (80, "fwd", 16, 4096, 11008, 8, "bf16", "fp32"),
+    (90, "fwd", 1, 4096, 1024, 8, "bf16", "bf16"),
+    (80, "bwd", 512, 4096, 11008, 8, "fp16", "fp32"),
+    (80, "dropout", 16, 4096, 4096, 8, "bf16", "bf16"),
     # Backward. One token: gB split over the outputs.
     (90, "bwd", 1, 4096, 11008, 16, "bf16", "bf16"),
     (90, "bwd", 16, 3584, 18944, 16, "bf16", "fp32"),
