@@ -48,7 +48,9 @@ class Case:
     padding: int = 0  # elements between the end of a row and the next one
     offset: int = 0  # elements from a 16-byte boundary
     stride: int = 1  # of the coefficients
-    groups: int = 0  # blocks that share the tokens in the backward, 0: one for each pair
+    groups: int = 0  # of pairs of tokens, 0: one for each
+    blocks: int = 0  # that share the groups of split signals, 0: one for each
+    max_shared: int = SM_90_SHARED
     repeats: bool = False  # all places in a few bins
     seeds: int = 4
 
@@ -82,6 +84,28 @@ CASES = [
     (Case(1, 11008, 4096, 1000, seeds=2), "bfloat16"),
     (Case(2, 4096, 11008, 1000, seeds=2), "float32"),
     (Case(1, 14336, 14336, 1000, seeds=2), "float32"),  # the kernel for long signals
+    # Signals that go through global memory, as real ones do,
+    (Case(1, 28672, 8192, 1000, seeds=2), "bfloat16"),
+    (Case(2, 8192, 28672, 1000, seeds=2), "float32"),
+    (Case(1, 128, 32768, 1000, seeds=2), "float16"),
+    (Case(1, 19683, 64, 1000, seeds=2), "float32"),  # a pass of 3 in global memory
+    (Case(1, 16411, 60, 1000, seeds=2), "float32"),  # a prime, its convolution has 40960
+    # and as they would if shared memory were smaller still.
+    (Case(5, 7, 24, 40, groups=2, max_shared=150), "float32"),  # one part of 7 or of 8 at a time
+    (Case(3, 16, 60, 40, padding=3, offset=1, max_shared=100), "bfloat16"),  # a part at a time of 3 · 5
+    (Case(3, 37, 128, 40, stride=3, max_shared=400), "float32"),
+    (Case(3, 37, 128, 40, max_shared=200), "float32"),  # a pass of 37 in global memory
+    (Case(5, 131, 60, 40, groups=1, max_shared=1000), "float32"),  # a convolution
+    (Case(7, 60, 131, 1000, groups=2, blocks=1, max_shared=300), "float16"),
+    (Case(1, 257, 262, 40, max_shared=1000), "float32"),
+    (Case(3, 1517, 407, 1000, max_shared=1000), "float32"),
+    (Case(2, 343, 375, 1000, max_shared=1000), "float32"),  # 7 · 7 · 7 as 7 and two parts at a time of 49
+    (Case(2, 343, 375, 1000, max_shared=100), "float32"),
+    (Case(5, 768, 384, 1000, padding=5, offset=1, groups=3, blocks=2, max_shared=3000), "bfloat16"),
+    (Case(2, 768, 384, 1000, repeats=True, max_shared=300), "float32"),
+    (Case(3, 127, 1000, 40, max_shared=500), "float32"),
+    (Case(2, 512, 1024, 5000, seeds=2, max_shared=100), "float32"),  # two passes in global memory, and 4
+    (Case(1, 4096, 4096, 1000, seeds=2, max_shared=5000), "float32"),
 ]
 
 
@@ -126,7 +150,8 @@ class Emulator:
         strided = strided.flatten()[: max(0, (n - 1) * case.stride + 1)]
         numbers = {"tokens": tokens, "in": lengths[0], "out": lengths[1], "n": n, "samples": mix.sources.shape[0]}
         numbers |= {"scale": SCALING / (lengths[0] * lengths[1]), "padding": case.padding, "offset": case.offset}
-        numbers |= {"stride": case.stride, "seeds": case.seeds}
+        numbers |= {"stride": case.stride, "seeds": case.seeds, "max_shared": case.max_shared}
+        numbers |= {name: value for name in ("groups", "blocks") if (value := getattr(case, name))}
         for name, value in {**mix._asdict(), "spectrum": strided, **options}.items():
             if isinstance(value, Tensor):
                 write_raw(self.folder / name, self.matrix(value) if value.dim() == 2 else value)
@@ -185,7 +210,7 @@ def test_backward_matches_float64(program, tmp_path, case, dtype):
     lengths = case.out_features, case.in_features
     tensors = {"source": s.grad, "base": s.base_grad, "x": s.x, "rows": s.tables.rows, "cols": s.tables.cols}
     paths = {"y": tmp_path / "y.out", "sums": tmp_path / "sums.out"}
-    dx, sums = emulator.run(case.tokens, lengths, s.tables.backward, s.spectrum, groups=case.groups, **tensors, **paths)
+    dx, sums = emulator.run(case.tokens, lengths, s.tables.backward, s.spectrum, **tensors, **paths)
 
     rows, cols = s.tables.rows.long(), s.tables.cols.long()
     exact_dx = s.base_grad.double() + delta(s.grad, s.spectrum, rows, cols, case.in_features)
@@ -202,12 +227,27 @@ def test_each_gradient_alone(program, tmp_path):
     case = Case(5, 60, 131, 40, groups=2)
     s = sample(case, torch.float32)
     emulator = Emulator(program, tmp_path, case, "float32")
-    run = {"mix": s.tables.backward, "spectrum": s.spectrum, "source": s.grad, "groups": 2}
+    run = {"mix": s.tables.backward, "spectrum": s.spectrum, "source": s.grad}
     places = {"x": s.x, "rows": s.tables.rows, "cols": s.tables.cols, "sums": tmp_path / "sums.out"}
     both = emulator.run(5, (131, 60), **run, **places, y=tmp_path / "y.out")
     dx, _ = emulator.run(5, (131, 60), **run, y=tmp_path / "y.out")
     _, sums = emulator.run(5, (131, 60), **run, **places)
     assert torch.equal(both[0], dx) and torch.equal(both[1], sums)
+
+
+@needs_cxx
+def test_blocks_do_not_change_a_bit(program, tmp_path):
+    """Split signals have as many blocks as the GPU has multiprocessors."""
+    results = []
+    for blocks in (1, 2, 3):
+        case = Case(9, 60, 131, 40, groups=3, blocks=blocks, max_shared=500)
+        s = sample(case, torch.float32)
+        tensors = {"source": s.grad, "x": s.x, "rows": s.tables.rows, "cols": s.tables.cols}
+        paths = {"y": tmp_path / "y.out", "sums": tmp_path / "sums.out"}
+        run = Emulator(program, tmp_path, case, "float32").run
+        results.append(run(9, (131, 60), s.tables.backward, s.spectrum, **tensors, **paths))
+    for dx, sums in results[1:]:
+        assert torch.equal(dx, results[0][0]) and torch.equal(sums, results[0][1])
 
 
 MERGES = [
@@ -216,6 +256,11 @@ MERGES = [
     (Case(0, 131, 37, 1000, stride=2), "float16"),
     (Case(0, 128, 131, 40), "float32"),
     (Case(0, 384, 24, 1000), "float32"),
+    (Case(0, 24, 7, 40, max_shared=100), "float32"),
+    (Case(0, 131, 37, 1000, stride=2, max_shared=400), "float16"),
+    (Case(0, 384, 128, 1000, max_shared=1000), "bfloat16"),
+    (Case(0, 28672, 3, 1000, seeds=2), "bfloat16"),
+    (Case(0, 16411, 2, 1000, seeds=2), "float32"),
 ]
 
 
@@ -247,8 +292,8 @@ def test_formulas_are_the_methods():
     torch.testing.assert_close(delta(s.x, s.spectrum, cols, rows, 60), s.x @ weight.T)
 
 
-def plan(program, in_features: int, out_features: int, tokens: int, groups: int, max_shared: int) -> dict:
-    numbers = [in_features, out_features, tokens, groups, max_shared]
+def plan(program, in_features: int, out_features: int, tokens: int, n: int, max_shared: int) -> dict:
+    numbers = [in_features, out_features, tokens, n, max_shared, 132]
     result = subprocess.run([program, "plan", *map(str, numbers)], capture_output=True, text=True)
     if result.returncode:
         raise ValueError(result.stderr)
@@ -257,41 +302,68 @@ def plan(program, in_features: int, out_features: int, tokens: int, groups: int,
 
 @needs_cxx
 @pytest.mark.parametrize(
-    ("in_features", "out_features", "max_shared", "threads", "radices"),
+    ("in_features", "out_features", "max_shared", "kind", "threads", "radices"),
     [
-        (4096, 4096, SM_80_SHARED, 256, [16, 16, 16]),
-        (4096, 11008, SM_80_SHARED, 704, [16, 16, 16]),
-        (11008, 4096, SM_80_SHARED, 704, [16, 16, 43]),
-        (14336, 14336, SM_80_SHARED, 512, [16, 16, 8, 7]),
-        (18944, 18944, SM_80_SHARED, 512, [16, 8, 4, 37]),
-        (27136, 8192, SM_90_SHARED, 512, [16, 8, 4, 53]),
-        (1, 1, SM_80_SHARED, 32, [1]),
+        (4096, 4096, SM_80_SHARED, "short", 256, [16, 16, 16]),
+        (4096, 11008, SM_80_SHARED, "short", 704, [16, 16, 16]),
+        (11008, 4096, SM_80_SHARED, "short", 704, [16, 16, 43]),
+        (14336, 14336, SM_80_SHARED, "long", 512, [16, 7, 16, 8]),
+        (18944, 18944, SM_80_SHARED, "long", 512, [16, 8, 4, 37]),
+        (27136, 8192, SM_90_SHARED, "long", 512, [16, 8, 4, 53]),
+        (1, 1, SM_80_SHARED, "short", 32, [1]),
     ],
 )
-def test_plan_takes_one_buffer(program, in_features, out_features, max_shared, threads, radices):
+def test_plan_takes_one_buffer(program, in_features, out_features, max_shared, kind, threads, radices):
     shape = plan(program, in_features, out_features, 5, 0, max_shared)
     length = max(in_features, out_features)
-    assert (shape["threads"], shape["radices"]) == (threads, radices)
-    assert shape["grid"] == 3 and 8 * length <= shape["shared_bytes"] <= max_shared
+    assert (shape["kind"], shape["threads"], shape["radices"]) == (kind, threads, radices)
+    assert shape["groups"] == shape["blocks"] == 3 and 8 * length <= shape["shared_bytes"] <= max_shared
     assert shape["shared_bytes"] <= 8 * (length + length // 15 + 1)
 
 
 @needs_cxx
 @pytest.mark.parametrize(
-    ("in_features", "out_features", "max_shared", "message"),
+    ("in_features", "out_features", "max_shared", "sizes"),
     [
-        (28672, 4096, SM_90_SHARED, "a signal does not fit the shared memory"),
-        (32771, 128, SM_90_SHARED, "a signal does not fit the shared memory"),
-        (16411, 128, SM_90_SHARED, "a signal does not fit the shared memory"),  # a prime: a convolution of 40960
-        (128, 24576, SM_90_SHARED, "a spectrum does not fit the registers"),
+        (28672, 4096, SM_90_SHARED, 28672 + 4096),
+        (128, 24576, SM_90_SHARED, 128 + 24576),  # more bins than threads can hold in registers
+        (32771, 128, SM_90_SHARED, 81920 + 128),  # a prime
+        (14336, 4096, 99 << 10, 14336 + 4096),
+        (128, 1 << 27, SM_90_SHARED, 128 + (1 << 27)),
     ],
 )
-def test_plan_refuses_what_does_not_fit(program, in_features, out_features, max_shared, message):
-    with pytest.raises(ValueError, match=message):
-        plan(program, in_features, out_features, 5, 0, max_shared)
+def test_plan_splits_what_does_not_fit(program, in_features, out_features, max_shared, sizes):
+    shape = plan(program, in_features, out_features, 4096, 0, max_shared)
+    assert (shape["kind"], shape["threads"], shape["room"], shape["scratch"]) == ("split", 512, 8192, sizes)
+    assert 8 * 8192 <= shape["shared_bytes"] <= max_shared
+    assert shape["groups"] == 2048 and shape["blocks"] == max(1, min(132, (1 << 26) // sizes))
 
 
-GPU_CASES = [Case(1, 768, 768, 1000), Case(5, 1000, 384, 40), Case(3, 11008, 4096, 1000), Case(2000, 4096, 4096, 1000)]
+@needs_cxx
+def test_plan_shares_tokens_evenly(program):
+    def groups(tokens: int, n: int) -> int:
+        return plan(program, 4096, 4096, tokens, n, SM_90_SHARED)["groups"]
+
+    assert [groups(tokens, 1000) for tokens in (5, 4096, 8192)] == [3, 2048, 2048]  # of one pair, of one, of two
+    assert (groups(8192, 0), groups(8192, 1 << 22)) == (4096, 1)
+
+
+@needs_cxx
+def test_plan_has_an_end(program):
+    with pytest.raises(ValueError, match="2\\^27"):
+        plan(program, 128, (1 << 27) + 1, 5, 0, SM_90_SHARED)
+    with pytest.raises(ValueError, match="more pairs of tokens than a grid has blocks"):
+        plan(program, 1, 1, 1 << 33, 0, SM_90_SHARED)
+
+
+GPU_CASES = [
+    Case(1, 768, 768, 1000),
+    Case(5, 1000, 384, 40),
+    Case(3, 11008, 4096, 1000),
+    Case(3, 1024, 28672, 1000),
+    Case(2, 16411, 128, 1000),
+    Case(2000, 4096, 4096, 1000),
+]
 
 
 def run_operators(s: Sample, weight: Tensor) -> list[Tensor]:
@@ -340,7 +412,7 @@ def test_operators_on_a_gpu(case, dtype, device="cuda"):
 @needs_nvcc
 def test_nvcc_compiles_without_spills(tmp_path):
     kernels = compile_device("fourierft", tmp_path)
-    assert len(kernels) == len(ARCHS) * (2 * len(DTYPES) + 1)
+    assert len(kernels) == len(ARCHS) * (3 * len(DTYPES) + 1)
     check_figures("fourierft", kernels)
     for kernel in kernels:
         assert kernel.shared == 0, f"{kernel.name} has static shared memory, which the plan does not count"

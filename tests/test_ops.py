@@ -14,7 +14,6 @@ from torch import Tensor
 import fastpeft
 from fastpeft import functional, reference
 from fastpeft.backend import OPERATORS
-from fastpeft.ops import fourierft
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -394,16 +393,6 @@ def test_operators_are_declared_once_with_fakes():
 
 
 # ---------------------------------------------------------------------- what CUDA kernels have room for
-
-
-def test_spectra_that_fit_a_gpu():
-    for length in (1, 768, 4096, 11008, 14336, 18944):
-        assert fourierft.spectra_fit((length, 4096), 227 << 10) and fourierft.spectra_fit((4096, length), 227 << 10)
-    assert fourierft.spectra_fit((18944, 3584), 163 << 10)  # an A100
-    assert not fourierft.spectra_fit((18944, 3584), 99 << 10)
-    assert not fourierft.spectra_fit((28672, 8192), 227 << 10)
-    assert fourierft.spectra_fit((8191, 8191), 227 << 10)  # a prime: 16384
-    assert not fourierft.spectra_fit((16381, 128), 227 << 10)
 
 
 def test_a_shape_that_does_not_fit_goes_to_the_composition(monkeypatch):

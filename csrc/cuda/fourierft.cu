@@ -108,30 +108,35 @@ struct Device {
 using Kernel = void (*)(Arguments);
 
 template <typename T>
-Kernel kernel_for(bool is_short) {
-  return is_short ? fourier_kernel<T, ShortSignals> : fourier_kernel<T, LongSignals>;
+Kernel kernel_for(Kind kind) {
+  return kind == Kind::kShort  ? fourier_kernel<T, ShortSignals>
+         : kind == Kind::kLong ? fourier_kernel<T, LongSignals>
+                               : fourier_kernel<T, SplitSignals>;
 }
 
-Kernel kernel_for(ScalarType type, bool is_short) {
-  return type == ScalarType::Float      ? kernel_for<float>(is_short)
-         : type == ScalarType::BFloat16 ? kernel_for<__nv_bfloat16>(is_short)
-                                        : kernel_for<__half>(is_short);
+Kernel kernel_for(ScalarType type, Kind kind) {
+  return type == ScalarType::Float      ? kernel_for<float>(kind)
+         : type == ScalarType::BFloat16 ? kernel_for<__nv_bfloat16>(kind)
+                                        : kernel_for<__half>(kind);
 }
 
-// A kernel and its launch, with everything that does not depend on tensors in its arguments.
+// A kernel and its launch, with everything that does not depend on tensors in its arguments. n is the number of
+// coefficients whose gradient is wanted.
 struct Launch {
   Device device;
   Plan plan;
   Kernel kernel;
   Arguments args{};
+  std::optional<Tensor> scratch, kept, partials;
 
-  Launch(const Tensor& like, int64_t tokens, int64_t source_length, int64_t target_length, double scale)
+  Launch(const Tensor& like, int64_t tokens, int64_t source_length, int64_t target_length, int64_t n, double scale)
       : device(like.get_device_index()) {
     const int64_t max_shared_bytes = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    plan = plan_fourier(tokens, source_length, target_length, 0, max_shared_bytes);
-    STD_TORCH_CHECK(plan.error == nullptr, "fourier: from ", source_length, " to ", target_length,
-                    " features: ", plan.error, " (", max_shared_bytes, " bytes on this GPU)");
-    kernel = kernel_for(like.scalar_type(), plan.is_short);
+    plan = plan_fourier(tokens, source_length, target_length, n, max_shared_bytes,
+                        device.attribute(cudaDevAttrMultiProcessorCount));
+    STD_TORCH_CHECK(plan.error == nullptr, "fourier: ", tokens, " tokens from ", source_length, " to ", target_length,
+                    " features: ", plan.error);
+    kernel = kernel_for(like.scalar_type(), plan.kind);
     if (plan.shared_bytes > kDefaultSharedBytes) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(plan.shared_bytes)));
@@ -140,21 +145,25 @@ struct Launch {
     args.scale = static_cast<float>(scale);
     args.transform[0] = transform_of(source_length, device.index, device.stream);
     args.transform[1] = transform_of(target_length, device.index, device.stream);
+    args.groups = static_cast<unsigned>(plan.groups);
+    args.n = static_cast<int>(n);
+    args.room = plan.room;
+    if (plan.scratch > 0) args.scratch = static_cast<float2*>(floats(scratch, like, 2 * plan.scratch * plan.blocks));
+    if (n > 0) {
+      args.kept = static_cast<float4*>(floats(kept, like, 4 * n * plan.blocks));
+      args.partials = static_cast<float*>(floats(partials, like, n * plan.groups));
+    }
   }
 
-  // As many blocks as run at the same time share the tokens: each has sums of its own.
-  void share_tokens(int64_t n) {
-    constexpr int64_t kMostSums = 1 << 22;
-    int per_multiprocessor = 0;
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-        &per_multiprocessor, kernel, static_cast<int>(plan.block.x), static_cast<size_t>(plan.shared_bytes)));
-    const int64_t at_once = int64_t(per_multiprocessor) * device.attribute(cudaDevAttrMultiProcessorCount);
-    const int64_t groups = std::clamp<int64_t>(kMostSums / std::max<int64_t>(n, 1), 1, std::max<int64_t>(at_once, 1));
-    plan.grid.x = static_cast<unsigned>(std::min<int64_t>(plan.grid.x, groups));
+  // Of PyTorch's caching allocator, and so of this stream alone until the launch is over.
+  static void* floats(std::optional<Tensor>& tensor, const Tensor& like, int64_t size) {
+    tensor = torch::stable::new_empty(like, {size}, ScalarType::Float);
+    return tensor->mutable_data_ptr();
   }
 
   void run() const {
-    kernel<<<plan.grid, plan.block, static_cast<size_t>(plan.shared_bytes), device.stream>>>(args);
+    kernel<<<static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.threads),
+             static_cast<size_t>(plan.shared_bytes), device.stream>>>(args);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
@@ -272,7 +281,7 @@ Tensor fourier_fwd(const Tensor& x_any, const std::optional<Tensor>& weight, con
     }
   }
   if (!empty) {
-    Launch launch(x, tokens, in_features, out_features, scale);
+    Launch launch(x, tokens, in_features, out_features, 0, scale);
     set_mix(launch.args, spectrum, offsets, sources, entries);
     launch.args.source = rows_from(x);
     if (weight) launch.args.base = rows_from(y);
@@ -314,7 +323,7 @@ std::tuple<Tensor, Tensor> fourier_bwd(const Tensor& grad_any, const std::option
   const std::tuple<Tensor, Tensor> result{need_x ? like_rows(dx, grad_any) : dx, sums};
   if (empty || (!need_x && !x)) return result;
 
-  Launch launch(grad, tokens, out_features, in_features, scale);
+  Launch launch(grad, tokens, out_features, in_features, x ? n : 0, scale);
   Arguments& args = launch.args;
   set_mix(args, spectrum, offsets, sources, entries);
   args.source = rows_from(grad);
@@ -327,20 +336,13 @@ std::tuple<Tensor, Tensor> fourier_bwd(const Tensor& grad_any, const std::option
     launch.run();
     return result;
   }
-  launch.share_tokens(n);
-  const int64_t groups = launch.plan.grid.x;
-  const Tensor kept = torch::stable::new_empty(spectrum, {groups, n, 4});
-  const Tensor partials = torch::stable::new_empty(spectrum, {groups, n});
   args.x = rows_from(*x);
   args.rows = checked_table(rows, "rows", n, grad);
   args.cols = checked_table(cols, "cols", n, grad);
-  args.n = static_cast<int>(n);
-  args.kept = static_cast<float4*>(kept.mutable_data_ptr());
-  args.partials = static_cast<float*>(partials.mutable_data_ptr());
   launch.run();
   sum_partials_kernel<<<static_cast<unsigned>((n + kSumLanes - 1) / kSumLanes), dim3(kSumLanes, kSumSlices),
                         kSumSharedBytes, launch.device.stream>>>(
-      args.partials, static_cast<float*>(sums.mutable_data_ptr()), static_cast<int>(groups), args.n, args.scale);
+      args.partials, static_cast<float*>(sums.mutable_data_ptr()), launch.plan.groups, args.n, args.scale);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return result;
 }
@@ -357,7 +359,7 @@ Tensor fourier_merge(const Tensor& weight_any, const Tensor& spectrum, const Ten
   const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
   const Tensor merged = torch::stable::new_empty(weight, {out_features, in_features});
   if (merged.numel() == 0) return merged;
-  Launch launch(weight, out_features, out_features, in_features, scale);
+  Launch launch(weight, out_features, out_features, in_features, 0, scale);
   set_mix(launch.args, spectrum, offsets, sources, entries);
   launch.args.base = rows_from(weight);
   launch.args.y = merged.mutable_data_ptr();

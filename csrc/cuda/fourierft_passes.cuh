@@ -12,17 +12,25 @@ __device__ __forceinline__ float2 times(float2 a, float2 w) {
 }
 __device__ __forceinline__ float2 conjugate(float2 a) { return make_float2(a.x, -a.y); }
 
-// i / d for i and d up to kMostBins: the error of the reciprocal, below 2^-32, times i stays below 1 / d.
-__device__ __forceinline__ int divide(int i, int d, unsigned reciprocal) {
-  return d == 1 ? i : static_cast<int>(__umulhi(static_cast<unsigned>(i), reciprocal));
-}
-
-// The buffer in shared memory.
+// Where the passes work: a buffer in shared memory,
 struct Tile {
   float2* entries;
   __device__ __forceinline__ float2& operator[](unsigned i) const {
     return entries[i + (i >> kLowStep) + (i >> kHighStep)];
   }
+  // i / pass.parts for less than 2^15 entries: the error of the reciprocal, below 2^-32, times i stays below 1 / parts.
+  static __device__ __forceinline__ int block_of(int i, const Pass& pass) {
+    return pass.parts == 1 ? i : static_cast<int>(__umulhi(static_cast<unsigned>(i), pass.reciprocal));
+  }
+};
+
+// or one in global memory, parts of which go through a tile.
+struct Scratch {
+  float2* entries;
+  Tile tile;
+  int room;  // of the tile
+  __device__ __forceinline__ float2& operator[](unsigned i) const { return entries[i]; }
+  static __device__ __forceinline__ int block_of(int i, const Pass& pass) { return i / pass.parts; }
 };
 
 // a -> its transform, in place.
@@ -167,28 +175,27 @@ __device__ __forceinline__ void twiddled_butterfly(float2 (&a)[R], const float2*
   }
 }
 
-template <int R, bool kDecimate>
-__device__ __forceinline__ void run_own_pass(const Tile& tile, const Pass& pass, const float2* table, int size) {
+template <int R, bool kDecimate, typename Buffer>
+__device__ __forceinline__ void run_own_pass(const Buffer& buffer, const Pass& pass, const float2* table, int size) {
   const int parts = pass.parts;
-  const unsigned reciprocal = pass.reciprocal;
   const float2* twiddles = table + pass.twiddles;
 #pragma unroll 1
   for (int i = threadIdx.x; i < size / R; i += blockDim.x) {
-    const int block = divide(i, parts, reciprocal), j = i - block * parts, base = block * (R * parts) + j;
+    const int block = Buffer::block_of(i, pass), j = i - block * parts, base = block * (R * parts) + j;
     float2 a[R];
 #pragma unroll
-    for (int s = 0; s < R; ++s) a[kDecimate ? s : slot_of<R>(s)] = tile[base + s * parts];
+    for (int s = 0; s < R; ++s) a[kDecimate ? s : slot_of<R>(s)] = buffer[base + s * parts];
     twiddled_butterfly<R, kDecimate>(a, twiddles + j, parts);
 #pragma unroll
-    for (int s = 0; s < R; ++s) tile[base + s * parts] = a[kDecimate ? slot_of<R>(s) : s];
+    for (int s = 0; s < R; ++s) buffer[base + s * parts] = a[kDecimate ? slot_of<R>(s) : s];
   }
 }
 
 // Any odd radix. `shares` threads compute a butterfly, each kPairs pairs of outputs s and radix - s in registers,
 // s = share, share + shares, ... The table has exp(-2 pi i s q / radix) as they are read, [radix / 2, shares, kPairs];
 // whole warps have the same share, and read the same. All of a butterfly is read before any of it is written.
-template <bool kDecimate>
-__device__ __forceinline__ void run_odd_pass(const Tile& tile, const Pass& pass, const float2* table, int size) {
+template <bool kDecimate, typename Buffer>
+__device__ __forceinline__ void run_odd_pass(const Buffer& buffer, const Pass& pass, const float2* table, int size) {
   static_assert(kPairs % 2 == 0);
   const int radix = pass.radix, parts = pass.parts, half = radix / 2;
   const int butterflies = size / radix, shares = (half + kPairs) / kPairs;
@@ -197,22 +204,22 @@ __device__ __forceinline__ void run_odd_pass(const Tile& tile, const Pass& pass,
   const int share = static_cast<int>(threadIdx.x) / at_once, lane = static_cast<int>(threadIdx.x) % at_once;
 #pragma unroll 1
   for (int first = 0; first < butterflies; first += at_once) {
-    const int i = first + lane, block = divide(i, parts, pass.reciprocal), j = i - block * parts;
+    const int i = first + lane, block = Buffer::block_of(i, pass), j = i - block * parts;
     const int base = block * (radix * parts) + j;
     const bool active = share < shares && i < butterflies;
     const auto read = [&](int q) {
-      const float2 value = tile[base + q * parts];
+      const float2 value = buffer[base + q * parts];
       return kDecimate || parts == 1 ? value : times(value, __ldg(table + pass.twiddles + (q - 1) * parts + j));
     };
     const auto write = [&](int s, float2 value) {
       if (kDecimate && parts > 1 && s > 0) value = times(value, __ldg(table + pass.twiddles + (s - 1) * parts + j));
-      tile[base + s * parts] = value;
+      buffer[base + s * parts] = value;
     };
     float2 even[kPairs] = {}, odd[kPairs] = {};
     if (active) {
       const float4* roots = reinterpret_cast<const float4*>(table + pass.roots + share * kPairs);
 #pragma unroll
-      for (int p = 0; p < kPairs; ++p) even[p] = tile[base];
+      for (int p = 0; p < kPairs; ++p) even[p] = buffer[base];
 #pragma unroll 1
       for (int q = 1; q <= half; ++q, roots += shares * (kPairs / 2)) {
         const float2 one = read(q), other = read(radix - q);
@@ -242,32 +249,32 @@ __device__ __forceinline__ void run_odd_pass(const Tile& tile, const Pass& pass,
   }
 }
 
-template <bool kDecimate>
-__device__ __forceinline__ void run_pass(const Tile& tile, const Pass& pass, const float2* table, int size) {
+template <bool kDecimate, typename Buffer>
+__device__ __forceinline__ void run_pass(const Buffer& buffer, const Pass& pass, const float2* table, int size) {
   switch (pass.radix) {
     case 16:
-      run_own_pass<16, kDecimate>(tile, pass, table, size);
+      run_own_pass<16, kDecimate>(buffer, pass, table, size);
       break;
     case 8:
-      run_own_pass<8, kDecimate>(tile, pass, table, size);
+      run_own_pass<8, kDecimate>(buffer, pass, table, size);
       break;
     case 7:
-      run_own_pass<7, kDecimate>(tile, pass, table, size);
+      run_own_pass<7, kDecimate>(buffer, pass, table, size);
       break;
     case 5:
-      run_own_pass<5, kDecimate>(tile, pass, table, size);
+      run_own_pass<5, kDecimate>(buffer, pass, table, size);
       break;
     case 4:
-      run_own_pass<4, kDecimate>(tile, pass, table, size);
+      run_own_pass<4, kDecimate>(buffer, pass, table, size);
       break;
     case 3:
-      run_own_pass<3, kDecimate>(tile, pass, table, size);
+      run_own_pass<3, kDecimate>(buffer, pass, table, size);
       break;
     case 2:
-      run_own_pass<2, kDecimate>(tile, pass, table, size);
+      run_own_pass<2, kDecimate>(buffer, pass, table, size);
       break;
     default:
-      run_odd_pass<kDecimate>(tile, pass, table, size);
+      run_odd_pass<kDecimate>(buffer, pass, table, size);
   }
   __syncthreads();
 }
@@ -277,28 +284,68 @@ __device__ __forceinline__ bool ends_in_registers(const Transform& transform) {
   return !transform.chirp && transform.pass[0].radix == 16;
 }
 
-// Everything between a signal's load and its store, decimating into a spectrum or back. A length with a large prime
-// factor is a convolution: transformed both ways.
-__device__ __forceinline__ void run_transform(const Transform& transform, bool decimate, const Tile& tile) {
-  const int end = ends_in_registers(transform) ? 1 : 0, size = transform.size;
+// The passes from number `first` on over `count` entries from `place` on, which are in the tile, and the way back: a
+// length with a large prime factor is a convolution and goes both ways.
+__device__ __forceinline__ void run_inner_passes(const Transform& transform, bool decimate, const Tile& tile, int first,
+                                                 int place, int count) {
   if (decimate || transform.chirp) {
 #pragma unroll 1
-    for (int i = end; i < transform.passes; ++i) run_pass<true>(tile, transform.pass[i], transform.table, size);
+    for (int i = first; i < transform.passes; ++i) run_pass<true>(tile, transform.pass[i], transform.table, count);
   }
   if (transform.chirp) {
     // The way back is a forward transform between two conjugations.
-    for (int p = threadIdx.x; p < size; p += blockDim.x) {
-      tile[p] = conjugate(times(tile[p], __ldg(transform.table + transform.filter + p)));
-    }
+    const float2* filter = transform.table + transform.filter + place;
+    for (int p = threadIdx.x; p < count; p += blockDim.x) tile[p] = conjugate(times(tile[p], __ldg(filter + p)));
     __syncthreads();
   }
   if (!decimate || transform.chirp) {
 #pragma unroll 1
-    for (int i = transform.passes - 1; i >= end; --i) run_pass<false>(tile, transform.pass[i], transform.table, size);
+    for (int i = transform.passes - 1; i >= first; --i) {
+      run_pass<false>(tile, transform.pass[i], transform.table, count);
+    }
   }
+}
+
+__device__ __forceinline__ void run_passes(const Transform& transform, bool decimate, const Tile& tile, int first) {
+  run_inner_passes(transform, decimate, tile, first, 0, transform.size);
+}
+
+// Passes run in global memory until their parts fit the tile; then as many parts as fit go through it together.
+__device__ __forceinline__ void run_passes(const Transform& transform, bool decimate, const Scratch& scratch,
+                                           int first) {
+  const int size = transform.size;
+  int inner = first;
+  while (inner < transform.passes && transform.pass[inner].length > scratch.room) ++inner;
+  if (decimate || transform.chirp) {
+#pragma unroll 1
+    for (int i = first; i < inner; ++i) run_pass<true>(scratch, transform.pass[i], transform.table, size);
+  }
+  const int part = inner < transform.passes ? transform.pass[inner].length : 1;
+  const int at_once = scratch.room / part * part;
+#pragma unroll 1
+  for (int place = 0; place < size; place += at_once) {
+    const int count = min(at_once, size - place);
+#pragma unroll 8
+    for (int i = threadIdx.x; i < count; i += blockDim.x) scratch.tile[i] = scratch[place + i];
+    __syncthreads();
+    run_inner_passes(transform, decimate, scratch.tile, inner, place, count);
+#pragma unroll 8
+    for (int i = threadIdx.x; i < count; i += blockDim.x) scratch[place + i] = scratch.tile[i];
+    __syncthreads();
+  }
+  if (!decimate || transform.chirp) {
+#pragma unroll 1
+    for (int i = inner - 1; i >= first; --i) run_pass<false>(scratch, transform.pass[i], transform.table, size);
+  }
+}
+
+// Everything between a signal's load and its store, decimating into a spectrum or back.
+template <typename Buffer>
+__device__ __forceinline__ void run_transform(const Transform& transform, bool decimate, const Buffer& buffer) {
+  run_passes(transform, decimate, buffer, ends_in_registers(transform) ? 1 : 0);
   if (transform.chirp) {
     for (int j = threadIdx.x; j < transform.length; j += blockDim.x) {
-      tile[j] = times(conjugate(tile[j]), __ldg(transform.table + transform.chirp + j));
+      buffer[j] = times(conjugate(buffer[j]), __ldg(transform.table + transform.chirp + j));
     }
     __syncthreads();
   }

@@ -14,20 +14,27 @@ namespace fastpeft::fourier {
 
 // A kernel's threads and what they keep in registers between the gather and the scatter. Short: 80 registers for each
 // of 768 threads, one butterfly of 16 numbers for each, or three blocks of 256 on a multiprocessor. Long: up to 128
-// registers for 512 threads, of which 76 keep bins.
+// registers for 512 threads, of which 76 keep bins. Split: signals that do not fit a multiprocessor; they are in global
+// memory, the source and the target at places of their own.
 struct ShortSignals {
+  static constexpr bool kSplit = false;
   static constexpr int kThreads = 768;  // the most
   static constexpr int kHeld = 16;      // bins that a thread keeps
   static constexpr int kBatch = 4;      // bins whose samples a thread looks up at the same time; divides kHeld
 };
 struct LongSignals {
+  static constexpr bool kSplit = false;
   static constexpr int kThreads = 512, kHeld = 38, kBatch = 2;
+};
+struct SplitSignals {
+  static constexpr bool kSplit = true;
+  static constexpr int kThreads = 512, kHeld = 4, kBatch = 4;
 };
 
 constexpr int kPairs = 4;           // outputs s and radix - s that a thread computes of a large odd radix
 constexpr int kLargestRadix = 127;  // larger primes become convolutions (Bluestein), which are cheaper from there on
-constexpr int kMostPasses = 12;
-constexpr int kMostBins = 1 << 15;  // for `divide`
+constexpr int kMostBins = 1 << 27;  // tables of their transforms are counted in int
+constexpr int kMostPasses = 17;     // of 3, the least radix that repeats
 
 // One pass splits every transform of `length` into `radix` transforms of `parts`, decimating in frequency.
 struct Pass {
@@ -66,9 +73,10 @@ inline int smallest_factor(int n) {
   return n;
 }
 
-// Sixteens first, because the pass at the ends of a transform reads and writes global memory and one of 16 has the most
-// of it on its way; large radices last, where there are no twiddle factors. Of what is left of the twos, 8 * 4 and
-// 8 * 8 rather than 16 * 2 and 16 * 4. Empty: a prime is too large.
+// A sixteen first, because the pass at the ends of a transform reads and writes global memory and one of 16 has the
+// most of it on its way; then 3, 5 and 7, which as last passes would have up to five lanes meet in a bank; large
+// radices last, where there are no twiddle factors. Of what is left of the twos, 8 * 4 and 8 * 8 rather than 16 * 2 and
+// 16 * 4. Empty: a prime is too large.
 inline std::vector<int> radices_of(int length) {
   std::vector<int> radices;
   int twos = 0, rest = length;
@@ -78,9 +86,12 @@ inline std::vector<int> radices_of(int length) {
     radices.push_back(1 << step);
     twos -= step;
   }
-  for (; rest > 1; rest /= radices.back()) {
-    radices.push_back(smallest_factor(rest));
-    if (radices.back() > kLargestRadix) return {};
+  const size_t second = std::min<size_t>(radices.size(), 1);
+  while (rest > 1) {
+    const int radix = smallest_factor(rest);
+    if (radix > kLargestRadix) return {};
+    radices.insert(radix <= 7 ? radices.begin() + second : radices.end(), radix);
+    rest /= radix;
   }
   if (radices.empty()) radices.push_back(1);
   return radices;
@@ -88,17 +99,18 @@ inline std::vector<int> radices_of(int length) {
 
 inline bool has_own_butterfly(int radix) { return radix <= 5 ? radix > 1 : radix == 7 || radix == 8 || radix == 16; }
 
-// A transform in float64, for the filters alone: by the smallest factor, recursively.
-inline std::vector<Complex> transform_in_double(const std::vector<Complex>& x) {
+// A transform in float64, for the filters alone: by the smallest factor, recursively. `roots` are those of unity, of
+// the length or of a multiple of it.
+inline std::vector<Complex> transform_in_double(const std::vector<Complex>& x, const std::vector<Complex>& roots) {
   const int length = int(x.size());
   if (length == 1) return x;
-  const int radix = smallest_factor(length), rest = length / radix;
+  const int radix = smallest_factor(length), rest = length / radix, stride = int(roots.size()) / length;
   std::vector<Complex> result(x.size());
   for (int q = 0; q < radix; ++q) {
     std::vector<Complex> part(rest);
     for (int j = 0; j < rest; ++j) part[j] = x[j * radix + q];
-    part = transform_in_double(part);
-    for (int k = 0; k < length; ++k) result[k] += root_of_unity(int64_t(q) * k, length) * part[k % rest];
+    part = transform_in_double(part, roots);
+    for (int k = 0; k < length; ++k) result[k] += roots[int64_t(q) * k % length * stride] * part[k % rest];
   }
   return result;
 }
@@ -110,9 +122,8 @@ struct Tables {
   std::vector<int> position;
 };
 
-// The length of the passes, without building them; 0 where it is beyond `kMostBins`.
+// The length of the passes, without building them, for up to `kMostBins`.
 inline int64_t size_of_transform(int64_t length) {
-  if (length > kMostBins) return 0;
   if (!radices_of(int(length)).empty()) return length;
   int64_t best = 0;
   for (int64_t odd : {1, 3, 5, 7}) {
@@ -120,10 +131,9 @@ inline int64_t size_of_transform(int64_t length) {
     while (size < 2 * length - 1) size *= 2;
     if (best == 0 || size < best) best = size;
   }
-  return best <= kMostBins ? best : 0;
+  return best;
 }
 
-// For lengths with a size_of_transform.
 inline Tables make_tables(int length) {
   Tables made{};
   Transform& transform = made.transform;
@@ -185,7 +195,9 @@ inline Tables make_tables(int length) {
       conjugate[j] = conjugate[(transform.size - j) % transform.size] = std::conj(c);
       made.position[j] = j;
     }
-    const std::vector<Complex> spectrum = transform_in_double(conjugate);
+    std::vector<Complex> roots(transform.size);
+    for (int k = 0; k < transform.size; ++k) roots[k] = root_of_unity(k, transform.size);
+    const std::vector<Complex> spectrum = transform_in_double(conjugate, roots);
     transform.filter = mark();
     made.table.resize(made.table.size() + transform.size);
     for (int k = 0; k < transform.size; ++k) {
@@ -200,48 +212,80 @@ inline Tables make_tables(int length) {
 //
 // A float2 is two banks, and 16 lanes are served at once. Passes read rows that are neighbours or, where blocks are
 // short, 16 apart; the scatter writes bin after bin to places 16, 256 and more apart. One step for every 16 entries and
-// another for every 256 keep all of these in different banks for lengths 16^k, at 7 % of the memory. Of other
-// lengths, two lanes meet in a bank in most of the passes: without steps they would not in the passes, but 16 of them
-// would in the scatter. The steps are constants, because with each pass of 16 a thread computes 32 places.
+// another for every 256 keep all of these in different banks for lengths 16^k, at 7 % of the memory; without steps 16
+// lanes would meet in the scatter of each length below. The steps are constants, because with each pass of 16 a thread
+// computes 32 places. How many lanes meet in a bank, at most, in each pass and in the scatter:
+//
+//   768     16 3 16      1 1 1     3        5120    16 5 8 8     1 1 2 1   4
+//   1024    16 8 8       1 2 1     1        8192    16 16 8 4    1 1 2 1   2
+//   2048    16 16 8      1 1 1     1        11008   16 16 43     1 2 3     3
+//   3072    16 3 8 8     1 1 2 1   3        14336   16 7 16 8    1 1 1 1   2
+//   4096    16 16 16     1 1 1     1        18944   16 8 4 37    1 2 2 3   2
+//
+// and in the passes of 28672 that work in shared memory, 7 16 16, one.
 constexpr int kLowStep = 4, kHighStep = 8;
+
+constexpr int64_t bytes_in_shared_memory(int64_t entries) {
+  const int64_t last = entries - 1;
+  return (last + (last >> kLowStep) + (last >> kHighStep) + 1) * int64_t(sizeof(float2));
+}
+
+enum class Kind { kShort, kLong, kSplit };
 
 struct Plan {
   const char* error;  // nullptr, or why there is no plan
-  dim3 grid;
-  dim3 block;
+  Kind kind;          // which kernel
+  int groups;         // of pairs of tokens, see Arguments
+  int blocks;
+  int threads;
   int64_t shared_bytes;
-  bool is_short;  // which kernel
+  int room;         // of split signals: entries that are in shared memory at a time
+  int64_t scratch;  // of split signals: float2s in global memory for each block
 };
 
-// The launch for pairs of tokens, from bins of one length to bins of another, in `groups` blocks or in one for each
-// pair (0). Threads: one for each butterfly of radix 16, and enough to keep the target's bins in registers.
-inline Plan plan_fourier(int64_t tokens, int64_t source_length, int64_t target_length, int64_t groups,
-                         int64_t max_shared_bytes) {
+// The launch for pairs of tokens, from bins of one length to bins of another. Threads: one for each butterfly of radix
+// 16, and enough to keep the target's bins in registers. Groups: one for each pair, or fewer with as many each where
+// products of n coefficients are summed; the shape alone says how many, so that no sum depends on the GPU. Split
+// signals have memory in each block, so that there is one for each multiprocessor.
+inline Plan plan_fourier(int64_t tokens, int64_t source_length, int64_t target_length, int64_t n,
+                         int64_t max_shared_bytes, int64_t multiprocessors) {
+  constexpr int64_t kMostSums = 1 << 21;     // 20 bytes each
+  constexpr int64_t kMostScratch = 1 << 26;  // 8 bytes each
   Plan plan{};
+  if (std::max(source_length, target_length) > kMostBins) {
+    plan.error = "more than 2^27";
+    return plan;
+  }
   const int64_t source_size = size_of_transform(source_length), target_size = size_of_transform(target_length);
   const int64_t entries = std::max(source_size, target_size);
-  const int64_t last = entries - 1;
-  plan.shared_bytes = (last + (last >> kLowStep) + (last >> kHighStep) + 1) * int64_t(sizeof(float2));
-  if (source_size == 0 || target_size == 0 || plan.shared_bytes > max_shared_bytes) {
-    plan.error = "a signal does not fit the shared memory of a thread block";
-    return plan;
+  const auto most_held = [&](auto signals) { return int64_t(signals.kHeld) * signals.kThreads; };
+  const auto threads = [&](auto signals, int64_t least) {
+    return int(std::min<int64_t>((std::max((entries + 15) / 16, least) + 31) / 32 * 32, signals.kThreads));
+  };
+  const auto held_by = [&](auto signals) { return (target_length + signals.kHeld - 1) / signals.kHeld; };
+  plan.shared_bytes = bytes_in_shared_memory(entries);
+  if (plan.shared_bytes > max_shared_bytes || target_length > most_held(LongSignals{})) {
+    plan.kind = Kind::kSplit;
+    plan.threads = threads(SplitSignals{}, 1);
+    const int64_t fits = max_shared_bytes / int64_t(sizeof(float2)) * 256 / 273;  // one step for 16, one for 256
+    plan.room = int(std::min<int64_t>({fits, 16 * SplitSignals::kThreads, entries}));
+    plan.shared_bytes = bytes_in_shared_memory(plan.room);
+    plan.scratch = source_size + target_size;
+  } else if (target_length <= most_held(ShortSignals{}) && entries <= 16 * ShortSignals::kThreads) {
+    plan.kind = Kind::kShort;
+    plan.threads = threads(ShortSignals{}, held_by(ShortSignals{}));
+  } else {
+    plan.kind = Kind::kLong;
+    plan.threads = threads(LongSignals{}, held_by(LongSignals{}));
   }
-  plan.is_short =
-      target_length <= ShortSignals::kHeld * ShortSignals::kThreads && entries <= 16 * ShortSignals::kThreads;
-  const int held = plan.is_short ? ShortSignals::kHeld : LongSignals::kHeld;
-  const int most = plan.is_short ? ShortSignals::kThreads : LongSignals::kThreads;
-  if (target_length > int64_t(held) * most) {
-    plan.error = "a spectrum does not fit the registers of a thread block";
-    return plan;
+  const int64_t pairs = (tokens + 1) / 2;
+  const int64_t most = n > 0 ? std::clamp<int64_t>(kMostSums / n, 1, pairs) : pairs;
+  const int64_t turns = (pairs + most - 1) / most, groups = (pairs + turns - 1) / turns;
+  if (groups > INT32_MAX) plan.error = "more pairs of tokens than a grid has blocks";
+  plan.groups = plan.blocks = int(groups);
+  if (plan.scratch > 0) {
+    plan.blocks = int(std::min({groups, multiprocessors, std::max<int64_t>(kMostScratch / plan.scratch, 1)}));
   }
-  const int64_t threads = std::max((entries + 15) / 16, (target_length + held - 1) / held);
-  const int64_t pairs = (tokens + 1) / 2, blocks = groups > 0 ? std::min(groups, pairs) : pairs;
-  if (blocks > INT32_MAX) {
-    plan.error = "more pairs of tokens than a grid has blocks";
-    return plan;
-  }
-  plan.grid = dim3(unsigned(blocks));
-  plan.block = dim3(unsigned(std::min<int64_t>((threads + 31) / 32 * 32, most)));
   return plan;
 }
 

@@ -18,7 +18,6 @@ part of a bin, a bag is a part of an output bin, and the coefficients are its we
 from __future__ import annotations
 
 import weakref
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastpeft import reference
-from fastpeft.backend import Operator, triton_available, where_it_fits
+from fastpeft.backend import Operator, triton_available
 from fastpeft.ops import base
 
 # y, with the mix from bins of x to bins of y and scale = α / (d1 d2). On a GPU CUDA C++ comes first by counting, not
@@ -375,7 +374,7 @@ def apply_fourier(
     scaling: float,
 ) -> Tensor:  # (..., out)
     """fourier_linear for arguments that are known to fit, tables at hand, and weight=None for the delta alone."""
-    backend = where_it_fits(FOURIER_FWD.choose(x, spectrum), x, lambda shared_memory: spectra_fit(shape, shared_memory))
+    backend = FOURIER_FWD.choose(x, spectrum)
     if backend == "reference":
         wide = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
         delta = reference.fourierft.fourier_weight(wide, tables.rows.long(), tables.cols.long(), shape, scaling)
@@ -407,30 +406,11 @@ def _apply(
     return _run(backend, x, weight, bias, spectrum, tables, shape, scaling)
 
 
-@cache
-def spectra_fit(shape: tuple[int, int], shared_memory: int) -> bool:
-    """Whether csrc/cuda/fourierft.cuh has room for whole spectra of both sides, whatever it does with their lengths.
-
-    A length with a prime factor above 127 is worked on as the convolution of a power of two at least twice as long;
-    every 16th number and every 256th is followed by a gap, and threads hold 19456 bins in their registers.
-    """
-    for length in shape:
-        rest, factor = length, 2
-        while factor <= 127 and rest > 1:
-            while rest % factor == 0:
-                rest //= factor
-            factor += 1
-        passes = length if rest == 1 else 1 << (2 * length - 1).bit_length()
-        if length > 19456 or 8 * (passes + passes // 16 + passes // 256 + 1) > shared_memory:
-            return False
-    return True
-
-
 def merge_fourier(weight: Tensor, spectrum: Tensor, tables: Tables, scaling: float) -> Tensor:
     """weight (out, in) + ΔW, rounded once to the weight's dtype; not differentiable."""
     shape = (weight.shape[0], weight.shape[1])
     backend = FOURIER_MERGE.choose(weight, spectrum)
-    if where_it_fits(backend, weight, lambda shared_memory: spectra_fit(shape, shared_memory)) == "native":
+    if backend == "native":
         scale = scaling / (shape[0] * shape[1])
         return FOURIER_MERGE.call("native", weight, spectrum.float(), *tables.backward, scale)
     wide = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))

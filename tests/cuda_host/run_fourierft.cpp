@@ -1,20 +1,23 @@
 // Runs the kernels of csrc/cuda/fourierft.cuh on the CPU, launched as their plan says. tests/test_cuda_fourierft.py
 // builds and calls it:
 //
-//   run_fourierft plan in out tokens groups max_shared
+//   run_fourierft plan in out tokens n max_shared multiprocessors
 //       prints the plan of the way from `in` to `out`
 //   run_fourierft run dtype key=value ...
 //       runs fourier_kernel, and sum_partials_kernel where products are wanted, once for every seed
 //
 // Of the numbers, `padding` and `offset` are elements between rows of x, and from a 16-byte boundary; n coefficients
-// are `stride` apart. Files: source, x, base, offsets, sources, entries, spectrum, rows, cols are read, those that are
-// not named are not there, and y and sums are written. The buffers have no byte more than the tensors, so that reading
-// outside of them is seen, and every seed must give the same bits: an order of threads that matters is a race.
+// are `stride` apart; pairs of tokens make `groups` groups, in `blocks` blocks. Files: source, x, base,
+// offsets, sources, entries, spectrum, rows, cols are read, those that are not named are not there, and y and sums are
+// written. The buffers have no byte more than the tensors, so that reading outside of them is seen, and every seed must
+// give the same bits: an order of threads that matters is a race.
+#include <array>
 #include <fstream>
 #include <iostream>
 #include <map>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "cuda/fourierft.cuh"
 
@@ -82,17 +85,29 @@ T* data_of(const std::optional<Buffer>& buffer) {
   return buffer ? buffer->as<T>() : nullptr;
 }
 
-Plan checked_plan(int64_t tokens, int64_t in, int64_t out, int64_t groups, int64_t max_shared) {
-  const Plan plan = plan_fourier(tokens, in, out, groups, max_shared);
+Plan checked_plan(int64_t tokens, int64_t in, int64_t out, int64_t n, int64_t max_shared, int64_t multiprocessors) {
+  const Plan plan = plan_fourier(tokens, in, out, n, max_shared, multiprocessors);
   if (plan.error) fail(plan.error);
   return plan;
+}
+
+template <typename T>
+void run_kernel(Kind kind, const Arguments& args) {
+  switch (kind) {
+    case Kind::kShort:
+      return fourier_kernel<T, ShortSignals>(args);
+    case Kind::kLong:
+      return fourier_kernel<T, LongSignals>(args);
+    case Kind::kSplit:
+      return fourier_kernel<T, SplitSignals>(args);
+  }
 }
 
 template <typename T>
 void run(const Options& options) {
   const int64_t tokens = number(options, "tokens", 1), in = number(options, "in", 1), out = number(options, "out", 1);
   const int64_t n = number(options, "n", 0), samples = number(options, "samples", 2 * n);
-  const int64_t padding = number(options, "padding", 0), groups = number(options, "groups", 0);
+  const int64_t padding = number(options, "padding", 0);
   const int64_t stride = number(options, "stride", 1);
   const size_t offset = static_cast<size_t>(number(options, "offset", 0)) * sizeof(T);
   const auto matrix_bytes = [&](int64_t width) {
@@ -108,7 +123,8 @@ void run(const Options& options) {
       read_file(options, "spectrum", n == 0 ? 0 : static_cast<size_t>((n - 1) * stride + 1) * sizeof(float));
   const auto rows = read_file(options, "rows", static_cast<size_t>(n) * 4);
   const auto cols = read_file(options, "cols", static_cast<size_t>(n) * 4);
-  const Plan plan = checked_plan(tokens, in, out, groups, number(options, "max_shared", kMaxShared));
+  const Plan plan = checked_plan(tokens, in, out, x ? n : 0, number(options, "max_shared", kMaxShared), 132);
+  const int64_t groups = number(options, "groups", plan.groups), blocks = number(options, "blocks", groups);
   const Tables tables[2] = {make_tables(static_cast<int>(in)), make_tables(static_cast<int>(out))};
   const std::span shared = std::as_writable_bytes(std::span(shared_memory));
 
@@ -118,8 +134,9 @@ void run(const Options& options) {
     if (options.contains("y")) y.emplace(matrix_bytes(out), offset);
     // In place where there is a base: as the operators call it.
     if (y && base) std::memcpy(y->as<char>(), data_of<char>(base), matrix_bytes(out));
-    const Buffer kept(static_cast<size_t>(plan.grid.x) * static_cast<size_t>(n) * sizeof(float4), 0);
-    const Buffer partials(static_cast<size_t>(plan.grid.x) * static_cast<size_t>(n) * sizeof(float), 0);
+    const Buffer kept(static_cast<size_t>(blocks * n) * sizeof(float4), 0);
+    const Buffer partials(static_cast<size_t>(groups * n) * sizeof(float), 0);
+    const Buffer scratch(static_cast<size_t>(blocks * plan.scratch) * sizeof(float2), 0);
     const Buffer sums(static_cast<size_t>(n) * sizeof(float), 0);
     Arguments args{
         .tokens = tokens,
@@ -140,25 +157,22 @@ void run(const Options& options) {
         .n = static_cast<int>(n),
         .kept = kept.as<float4>(),
         .partials = partials.as<float>(),
+        .groups = static_cast<unsigned>(groups),
+        .scratch = scratch.as<float2>(),
+        .room = plan.room,
     };
     for (int i = 0; i < 2; ++i) {
       args.transform[i].table = tables[i].table.data();
       args.transform[i].position = tables[i].position.data();
     }
-    cuda_host::launch(plan.grid, plan.block, shared, static_cast<size_t>(plan.shared_bytes),
-                      static_cast<unsigned>(seed), [&] {
-                        if (plan.is_short) {
-                          fourier_kernel<T, ShortSignals>(args);
-                        } else {
-                          fourier_kernel<T, LongSignals>(args);
-                        }
-                      });
+    cuda_host::launch(static_cast<unsigned>(blocks), static_cast<unsigned>(plan.threads), shared,
+                      static_cast<size_t>(plan.shared_bytes), static_cast<unsigned>(seed),
+                      [&] { run_kernel<T>(plan.kind, args); });
     if (x && n > 0) {
-      cuda_host::launch(static_cast<unsigned>((n + kSumLanes - 1) / kSumLanes), dim3(kSumLanes, kSumSlices), shared,
-                        kSumSharedBytes, static_cast<unsigned>(seed), [&] {
-                          sum_partials_kernel(args.partials, sums.as<float>(), static_cast<int>(plan.grid.x), args.n,
-                                              args.scale);
-                        });
+      cuda_host::launch(
+          static_cast<unsigned>((n + kSumLanes - 1) / kSumLanes), dim3(kSumLanes, kSumSlices), shared, kSumSharedBytes,
+          static_cast<unsigned>(seed),
+          [&] { sum_partials_kernel(args.partials, sums.as<float>(), static_cast<int>(groups), args.n, args.scale); });
     }
     const std::string y_bits = y ? y->bits() : "", sums_bits = sums.bits();
     if (seed == 0) first_y = y_bits, first_sums = sums_bits;
@@ -170,10 +184,12 @@ void run(const Options& options) {
   write_file(options, "sums", first_sums);
 }
 
-void print_plan(int64_t in, int64_t out, int64_t tokens, int64_t groups, int64_t max_shared) {
-  const Plan plan = checked_plan(tokens, in, out, groups, max_shared);
-  std::cout << "{\"grid\": " << plan.grid.x << ", \"threads\": " << plan.block.x
-            << ", \"shared_bytes\": " << plan.shared_bytes << ", \"is_short\": " << plan.is_short << ", \"radices\": [";
+void print_plan(int64_t in, int64_t out, int64_t tokens, int64_t n, int64_t max_shared, int64_t multiprocessors) {
+  const Plan plan = checked_plan(tokens, in, out, n, max_shared, multiprocessors);
+  const char* kinds[] = {"short", "long", "split"};
+  std::cout << "{\"groups\": " << plan.groups << ", \"blocks\": " << plan.blocks << ", \"threads\": " << plan.threads
+            << ", \"shared_bytes\": " << plan.shared_bytes << ", \"kind\": \"" << kinds[static_cast<int>(plan.kind)]
+            << "\", \"room\": " << plan.room << ", \"scratch\": " << plan.scratch << ", \"radices\": [";
   for (const char* separator = ""; int radix : radices_of(static_cast<int>(size_of_transform(in)))) {
     std::cout << separator << radix;
     separator = ", ";
@@ -187,8 +203,10 @@ void print_plan(int64_t in, int64_t out, int64_t tokens, int64_t groups, int64_t
 int main(int argc, char** argv) {
   using namespace fastpeft::fourier;
   const std::string mode = argc > 1 ? argv[1] : "";
-  if (mode == "plan" && argc == 7) {
-    print_plan(std::stoll(argv[2]), std::stoll(argv[3]), std::stoll(argv[4]), std::stoll(argv[5]), std::stoll(argv[6]));
+  if (mode == "plan" && argc == 8) {
+    int64_t numbers[6];
+    for (int i = 0; i < 6; ++i) numbers[i] = std::stoll(argv[2 + i]);
+    std::apply(print_plan, std::to_array(numbers));
     return 0;
   }
   if (mode != "run" || argc < 3) fail("see the top of run_fourierft.cpp");
