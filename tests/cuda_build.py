@@ -8,6 +8,7 @@ looked at, and either mended or written down. They belong to one release of nvcc
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -77,6 +77,29 @@ def host_builder(folder: Path) -> Callable[..., Path]:
     return build
 
 
+def fixtures() -> tuple[Callable, Callable]:
+    """What every file of these tests has: build, see host_builder, and tensors on the CPU whatever
+    FASTPEFT_TEST_DEVICE says, because files are written from there.
+    """
+
+    @pytest.fixture(scope="module")
+    def build(tmp_path_factory):
+        return host_builder(tmp_path_factory.mktemp("cuda_host"))
+
+    @pytest.fixture(autouse=True)
+    def on_the_cpu():
+        with torch.device("cpu"):
+            yield
+
+    return build, on_the_cpu
+
+
+def rare(case: object, first: int) -> list[str]:
+    """For the name of a test: the fields of a dataclass, from the first one on, that are not as usual."""
+    values = [(field, getattr(case, field.name)) for field in dataclasses.fields(case)[first:]]
+    return [f"{field.name}{value}" for field, value in values if value != field.default]
+
+
 def write_raw(path: Path, tensor: torch.Tensor) -> None:
     path.write_bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
 
@@ -86,7 +109,7 @@ def read_raw(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tens
     return torch.frombuffer(bytearray(path.read_bytes() or b"\0\0\0\0"), dtype=dtype)[:numel].reshape(*shape)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Kernel:
     """What ptxas says about one kernel on one GPU."""
 
@@ -128,11 +151,15 @@ def figures_of(kernels: Sequence[Kernel]) -> dict[str, str]:
     }
 
 
-def check_figures(stem: str, kernels: Sequence[Kernel]) -> None:
-    """No kernel spills, and all are as they were committed, where nvcc is the same."""
+def check_spills(kernels: Sequence[Kernel]) -> None:
     for kernel in kernels:
         spills = (kernel.stack, kernel.spill_stores, kernel.spill_loads)
         assert spills == (0, 0, 0), f"{kernel.name} spills on sm_{kernel.arch}"
+
+
+def check_figures(stem: str, kernels: Sequence[Kernel]) -> None:
+    """No kernel spills, and all are as they were committed, where nvcc is the same."""
+    check_spills(kernels)
     known = json.loads(FIGURES.read_text())
     if known["nvcc"] == nvcc_release():
         assert figures_of(kernels) == known[stem], "see cuda_figures.json"
@@ -142,7 +169,9 @@ def write_figures(stems: Sequence[str]) -> None:
     figures = {}
     for stem in stems:
         with tempfile.TemporaryDirectory() as folder:
-            figures[stem] = figures_of(compile_device(stem, Path(folder)))
+            kernels = compile_device(stem, Path(folder))
+        check_spills(kernels)
+        figures[stem] = figures_of(kernels)
     known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}  # now: compiling took its time
     if known.get("nvcc") != nvcc_release():
         known = {"nvcc": nvcc_release()}

@@ -1,15 +1,16 @@
 """The CUDA C++ kernels of the butterfly product, checked without a GPU.
 
-csrc/cuda/boft.cuh is compiled for the CPU against the stand-ins for CUDA's headers in tests/cuda_host, with
-AddressSanitizer and UndefinedBehaviorSanitizer, and run over awkward shapes. Where there is an nvcc, csrc/cuda/boft.cu
-is compiled for three GPUs, and what ptxas says about registers and spills is checked. What the host compiler is trusted
-with is trusted for a reason: tests/cuda_host/faults.cpp plants mistakes, and each has to be seen.
+csrc/cuda/boft.cuh and boft_bwd.cuh are compiled for the CPU against the stand-ins for CUDA's headers in
+tests/cuda_host, with AddressSanitizer and UndefinedBehaviorSanitizer, and run over awkward shapes. Where there is an
+nvcc, csrc/cuda/boft.cu is compiled for three GPUs, and what ptxas says about registers and spills is checked. What the
+host compiler is trusted with is trusted for a reason: tests/cuda_host/faults.cpp plants mistakes, and each has to be
+seen.
 """
 
 import json
 import re
 import subprocess
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,26 +22,17 @@ from cuda_build import (
     SM_90_SHARED,
     check_figures,
     compile_device,
+    fixtures,
     has_gpu_kernel,
-    host_builder,
     needs_cxx,
     needs_nvcc,
+    rare,
     read_raw,
     replayed,
     write_raw,
 )
 
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    return host_builder(tmp_path_factory.mktemp("cuda_host"))
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    """Whatever FASTPEFT_TEST_DEVICE says: files are written from there."""
-    with torch.device("cpu"):
-        yield
+build, on_the_cpu = fixtures()
 
 
 def butterfly(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -73,11 +65,8 @@ class Case:
     max_shared: int = SM_90_SHARED
 
     def __str__(self) -> str:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        rare = [
-            f"{field.name}{values[field.name]}" for field in fields(self)[4:] if values[field.name] != field.default
-        ]
-        return "-".join([f"T{self.tokens}", f"d{self.features}", f"b{self.b}", f"m{self.factors}", *rare])
+        shape = f"T{self.tokens}", f"d{self.features}", f"b{self.b}", f"m{self.factors}"
+        return "-".join([*shape, *rare(self, 4)])
 
 
 CASES = [
@@ -409,7 +398,9 @@ def test_nvcc_compiles_without_spills(tmp_path):
     backward = [kernel for kernel in kernels if "butterfly_bwd_kernel" in kernel.name]
     assert len(forward) == len(ARCHS) * len(DTYPES) * len(block_sizes)
     assert len(backward) == len(ARCHS) * len(block_sizes)
-    assert len(kernels) == len(forward) + len(backward) + len(ARCHS)  # and the sum of parts
+    scale = [kernel for kernel in kernels if "boft_scale_" in kernel.name]
+    assert len(scale) == 2 * len(ARCHS) * len(DTYPES)
+    assert len(kernels) == len(forward) + len(backward) + len(scale) + len(ARCHS)  # and the sum of parts
     check_figures("boft", kernels)
     for kernel in kernels:
         assert kernel.shared == 0, f"{kernel.name} has static shared memory, which the plan does not count"

@@ -8,6 +8,7 @@ place. So no permutation is ever carried out, and a factor costs 2·T·d·b oper
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -160,7 +161,7 @@ def boft_blocks(
 ) -> Tensor:  # (m, d / b, b, b), float32 or wider
     """The orthogonal blocks Q of the trained ones: Cayley of S = ½ (R − Rᵀ)."""
     wide = boft_R.to(torch.promote_types(boft_R.dtype, torch.float32))
-    backend = where_it_fits(CAYLEY_FWD.choose(wide, wide), wide, lambda _: wide.shape[-1] <= 64)
+    backend = where_it_fits(CAYLEY_FWD.choose(wide, wide), wide, lambda _: _cayley_fits(wide))
     if backend in ("native", "triton"):
         return BlocksFunction.apply(wide, backend)
     return cayley((wide - wide.mT) / 2)
@@ -307,11 +308,23 @@ def butterfly(
     return apply_butterfly(x, blocks)
 
 
+def _window_fits(blocks: Tensor, shared_memory: int) -> bool:
+    """Whether CUDA C++ has room for a window of b·2^(m−1) features: the backward holds two rows of it in float32, or
+    three where block sizes have no kernel of their own.
+    """
+    factors, _, block_size, _ = blocks.shape
+    rows = 2 if block_size in (2, 4, 8, 16, 32) else 3
+    return 4 * rows * ((block_size << (factors - 1)) + 31) <= shared_memory
+
+
+def _cayley_fits(matrices: Tensor) -> bool:
+    """Whether CUDA C++ transforms blocks of this size."""
+    return matrices.shape[-1] <= 64
+
+
 def apply_butterfly(x: Tensor, blocks: Tensor) -> Tensor:
     """butterfly for arguments that are known to fit."""
-    # The backward holds a row of a window twice, in float32.
-    window = blocks.shape[-1] << (blocks.shape[0] - 1)
-    backend = where_it_fits(BUTTERFLY_FWD.choose(x, blocks), x, lambda shared_memory: 9 * window <= shared_memory)
+    backend = where_it_fits(BUTTERFLY_FWD.choose(x, blocks), x, partial(_window_fits, blocks))
     if backend == "reference":
         return reference.boft.butterfly(x, blocks)
     wide = torch.promote_types(torch.promote_types(blocks.dtype, x.dtype), torch.float32)
@@ -392,21 +405,27 @@ def rotated_linear(
     boft_s: Tensor,  # (out, 1)
 ) -> Tensor:  # (..., out)
     """y = ((x R) Wᵀ) ⊙ s + b from orthogonal blocks that are at hand."""
-    if backend := _in_one_operator(x, weight, bias, blocks, boft_s):
+    if backend := _in_one_operator(x, weight, bias, blocks, boft_s, False):
         return base.through_autocast(_apply, x, weight, bias, blocks, boft_s, False, backend)
     return scale_rows(F.linear(apply_butterfly(x, blocks), weight, bias), boft_s, bias)
 
 
 def apply_boft(x: Tensor, weight: Tensor, bias: Tensor | None, boft_R: Tensor, boft_s: Tensor) -> Tensor:
     """boft_linear for arguments that are known to fit."""
-    if backend := _in_one_operator(x, weight, bias, boft_R, boft_s):
+    if backend := _in_one_operator(x, weight, bias, boft_R, boft_s, True):
         return base.through_autocast(_apply, x, weight, bias, boft_R, boft_s, True, backend)
     return rotated_linear(x, weight, bias, boft_blocks(boft_R), boft_s)
 
 
-def _in_one_operator(x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Tensor, boft_s: Tensor) -> str | None:
+def _in_one_operator(
+    x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Tensor, boft_s: Tensor, from_R: bool
+) -> str | None:
     """The backend that has the whole layer, if the one that is chosen does."""
-    backend = BOFT_FWD.choose(x, matrices)
+
+    def fits(shared_memory: int) -> bool:
+        return _window_fits(matrices, shared_memory) and (not from_R or _cayley_fits(matrices))
+
+    backend = where_it_fits(BOFT_FWD.choose(x, matrices), x, fits)
     if backend not in ("native", "triton") or not base.is_frozen(weight, bias):
         return None
     return backend if boft_s.dtype == matrices.dtype or BOFT_FWD.choose(x, boft_s) == backend else None

@@ -3,13 +3,10 @@
 //   run_banks fwd|bwd dtype tokens features b factors offset
 //       prints the highest degree of each kind of access to shared memory, see banks.h. Rows of activations begin
 //       `offset` elements from a 16-byte boundary
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <iostream>
-
 #include "banks.h"
 #include "cuda/boft.cuh"
+#include "cuda/boft_bwd.cuh"
+#include "program.h"
 
 namespace fastpeft {
 
@@ -18,10 +15,7 @@ float4 shared_memory[kMaxShared / sizeof(float4)];
 
 namespace {
 
-template <typename T>
-constexpr ButterflyElement kElement = sizeof(T) == 4              ? ButterflyElement::kFloat32
-                                      : std::is_same_v<T, __half> ? ButterflyElement::kFloat16
-                                                                  : ButterflyElement::kBFloat16;
+using namespace cuda_host;
 
 struct alignas(16) Aligned {
   char bytes[16];
@@ -42,10 +36,7 @@ std::map<std::string, unsigned> count(const std::string& mode, int64_t tokens, i
   const ButterflyBwdPlan bwd =
       plan_butterfly_bwd(tokens, features, b, factors, sizeof(T), kMaxShared, 1, kernel_size, true);
   const ButterflyPlan& plan = mode == "fwd" ? fwd : bwd;
-  if (plan.error) {
-    std::cerr << "run_banks: " << plan.error << "\n";
-    std::exit(1);
-  }
+  if (plan.error) fail(plan.error);
   cuda_host::Banks banks(shared);
   with_butterfly_kernel_size(kernel_size, [&]<int B>() {
     cuda_host::launch(plan.grid, plan.block, shared, static_cast<size_t>(plan.shared_bytes), 0, [&] {

@@ -12,13 +12,9 @@
 //
 // Offsets are elements from a 16-byte boundary. The buffers have no byte more than the tensors, so that reading outside
 // of them is seen, and every seed must give the same bits: an order of threads that matters is a race.
-#include <fstream>
-#include <iostream>
-#include <map>
-#include <string>
-#include <type_traits>
-
 #include "cuda/boft.cuh"
+#include "cuda/boft_bwd.cuh"
+#include "program.h"
 
 namespace fastpeft {
 
@@ -27,33 +23,7 @@ float4 shared_memory[kMaxShared / sizeof(float4)];
 
 namespace {
 
-[[noreturn]] void fail(const std::string& message) {
-  std::cerr << "run_butterfly: " << message << "\n";
-  std::exit(1);
-}
-
-// `bytes` of memory that end where the allocation ends and begin `offset` bytes behind a 16-byte boundary.
-class Buffer {
- public:
-  Buffer(size_t bytes, size_t offset) : memory_(new char[offset + bytes]), data_(memory_.get() + offset) {
-    std::memset(memory_.get(), 0xff, offset + bytes);
-  }
-  template <typename T>
-  T* as() const {
-    return reinterpret_cast<T*>(data_);
-  }
-
- private:
-  std::unique_ptr<char[]> memory_;
-  char* data_;
-};
-
-Buffer read_file(const std::string& path, size_t bytes, size_t offset) {
-  Buffer buffer(bytes, offset);
-  std::ifstream file(path, std::ios::binary);
-  if (!file.read(buffer.as<char>(), static_cast<std::streamsize>(bytes))) fail("cannot read " + path);
-  return buffer;
-}
+using namespace cuda_host;
 
 struct Arguments {
   std::string mode, dtype;
@@ -72,12 +42,7 @@ ButterflyPlan plan_for(const Arguments& args, int element_bytes, int kernel_size
   return plan;
 }
 
-template <typename T>
-constexpr ButterflyElement kElement = sizeof(T) == 4              ? ButterflyElement::kFloat32
-                                      : std::is_same_v<T, __half> ? ButterflyElement::kFloat16
-                                                                  : ButterflyElement::kBFloat16;
-
-ButterflyBwdPlan bwd_plan_for(const Arguments& args, ButterflyElement element, int kernel_size) {
+ButterflyBwdPlan bwd_plan_for(const Arguments& args, Element element, int kernel_size) {
   const ButterflyBwdPlan plan = plan_butterfly_bwd(args.tokens, args.features, args.b, args.factors, bytes_of(element),
                                                    args.max_shared, args.processors, kernel_size, args.need_blocks);
   if (plan.error) fail(plan.error);
@@ -87,23 +52,12 @@ ButterflyBwdPlan bwd_plan_for(const Arguments& args, ButterflyElement element, i
 template <typename T>
 Buffer read_rows(const Arguments& args, const std::string& path) {
   const int64_t numel = args.tokens ? (args.tokens - 1) * args.x_row_stride + args.features : 0;
-  return read_file(path, static_cast<size_t>(numel) * sizeof(T), static_cast<size_t>(args.x_offset) * sizeof(T));
+  return read_buffer(path, static_cast<size_t>(numel) * sizeof(T), static_cast<size_t>(args.x_offset) * sizeof(T));
 }
 
 Buffer read_blocks(const Arguments& args) {
   const size_t bytes = static_cast<size_t>(args.factors * args.features * args.b) * sizeof(float);
-  return read_file(args.blocks_path, bytes, static_cast<size_t>(args.blocks_offset) * sizeof(float));
-}
-
-void write_file(const std::string& path, const std::string& bits) {
-  if (!std::ofstream(path, std::ios::binary).write(bits.data(), static_cast<std::streamsize>(bits.size()))) {
-    fail("cannot write " + path);
-  }
-}
-
-void check_same(const std::string& bits, std::string& first, int64_t seed) {
-  if (seed == 0) first = bits;
-  if (bits != first) fail("the order of the threads changes the result, seed " + std::to_string(seed));
+  return read_buffer(args.blocks_path, bytes, static_cast<size_t>(args.blocks_offset) * sizeof(float));
 }
 
 // The gradients, as the operator launches them: nothing for no tokens, and no sum of parts for a single group.
@@ -202,6 +156,7 @@ void call(const Arguments& args) {
 
 int main(int argc, char** argv) {
   using namespace fastpeft;
+  using cuda_host::fail;
   const std::map<std::string, int> counts = {{"plan", 8}, {"plan_bwd", 10}, {"run", 15}, {"bwd", 18}};
   Arguments args;
   args.mode = argc > 1 ? argv[1] : "";
@@ -220,13 +175,5 @@ int main(int argc, char** argv) {
     args.processors = number(14), args.grad_path = argv[15], args.dx_path = argv[16], args.dblocks_path = argv[17];
     args.need_x = args.dx_path != "-", args.need_blocks = args.dblocks_path != "-";
   }
-  if (args.dtype == "float32") {
-    call<float>(args);
-  } else if (args.dtype == "float16") {
-    call<__half>(args);
-  } else if (args.dtype == "bfloat16") {
-    call<__nv_bfloat16>(args);
-  } else {
-    fail("unknown dtype " + args.dtype);
-  }
+  cuda_host::with_dtype(args.dtype, [&]<typename T>() { call<T>(args); });
 }
