@@ -9,8 +9,8 @@ from cuda_build import (
     ARCHS,
     check_figures,
     compile_device,
+    fixtures,
     has_gpu_kernel,
-    host_builder,
     needs_cxx,
     needs_nvcc,
     read_raw,
@@ -18,17 +18,7 @@ from cuda_build import (
     write_raw,
 )
 
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    return host_builder(tmp_path_factory.mktemp("cuda_host"))
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    """Whatever FASTPEFT_TEST_DEVICE says: files are written from there."""
-    with torch.device("cpu"):
-        yield
+build, on_the_cpu = fixtures()
 
 
 def cayley(r: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ tests/cuda_host/run_low_rank_many.cpp runs the kernel on the CPU over awkward sh
 
 import json
 import subprocess
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -15,10 +15,11 @@ from cuda_build import (
     DTYPES,
     check_figures,
     compile_device,
+    fixtures,
     has_gpu_kernel,
-    host_builder,
     needs_cxx,
     needs_nvcc,
+    rare,
     read_raw,
     replayed,
     write_raw,
@@ -38,17 +39,7 @@ from fastpeft.ops.low_rank_many import (
     pack_mos,
 )
 
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    return host_builder(tmp_path_factory.mktemp("cuda_host"))
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    """Whatever FASTPEFT_TEST_DEVICE says: files are written from there."""
-    with torch.device("cpu"):
-        yield
+build, on_the_cpu = fixtures()
 
 
 @dataclass(frozen=True)
@@ -70,13 +61,8 @@ class Case:
     processors: int = 132
 
     def __str__(self) -> str:
-        rare = [
-            f"{field.name}{getattr(self, field.name)}"
-            for field in fields(self)[4:]
-            if getattr(self, field.name) != field.default
-        ]
         ranks = ".".join(map(str, self.ranks))
-        return "-".join([f"T{self.tokens}", f"{self.in_features}to{self.out_features}", f"r{ranks}", *rare])
+        return "-".join([f"T{self.tokens}", f"{self.in_features}to{self.out_features}", f"r{ranks}", *rare(self, 4)])
 
 
 CASES = [

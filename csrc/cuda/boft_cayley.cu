@@ -1,21 +1,10 @@
 // The operators fastpeft::cayley_fwd and cayley_bwd on CUDA tensors. Schemas and fakes: fastpeft/ops/boft.py; maths:
 // boft_cayley.cuh.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include "cuda/boft_cayley.cuh"
+#include "cuda/tensor.h"
 
 namespace fastpeft {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t kDefaultSharedBytes = 48 << 10;  // a kernel has to ask for more than this
 
 void check_blocks(const Tensor& blocks, const char* name) {
   STD_TORCH_CHECK(blocks.is_cuda(), "cayley: ", name, " must be on a GPU, it is not");
@@ -28,20 +17,12 @@ void check_blocks(const Tensor& blocks, const char* name) {
                   blocks.size(2), ", ", blocks.size(3), ")");
 }
 
-// Launches a kernel over all of `blocks`. `arguments` comes first; the kernel asks for more shared memory where it
-// needs it.
+// Launches a kernel over all of `blocks`; `arguments` comes first.
 template <typename Kernel, typename... Arguments>
-void launch_cayley(Kernel kernel, const CayleyPlan& plan, const Tensor& blocks, Arguments... arguments) {
-  if (plan.shared_bytes > kDefaultSharedBytes) {
-    STD_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)));
-  }
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(blocks.get_device_index(), &stream));
+void launch_cayley(Kernel kernel, const CayleyPlan& plan, const Tensor& blocks, const Arguments&... arguments) {
   const int64_t b = blocks.size(3);
-  kernel<<<plan.grid, plan.block, static_cast<size_t>(plan.shared_bytes), static_cast<cudaStream_t>(stream)>>>(
-      arguments..., blocks.numel() / b, static_cast<int>(b));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_kernel(kernel, plan, current_stream(blocks.get_device_index()), arguments..., blocks.numel() / b,
+                static_cast<int>(b));
 }
 
 CayleyPlan plan_for(const Tensor& blocks, const char* name) {
@@ -49,10 +30,6 @@ CayleyPlan plan_for(const Tensor& blocks, const char* name) {
   STD_TORCH_CHECK(plan.error == nullptr, "cayley: ", name, " of shape (", blocks.size(0), ", ", blocks.size(1), ", ",
                   blocks.size(2), ", ", blocks.size(3), "): ", plan.error);
   return plan;
-}
-
-Tensor allocate_like(const Tensor& blocks) {
-  return torch::stable::new_empty(blocks, {blocks.size(0), blocks.size(1), blocks.size(2), blocks.size(3)});
 }
 
 // The orthogonal blocks of the trained ones.
@@ -73,9 +50,7 @@ Tensor cayley_fwd(const Tensor& r_any) {
 Tensor cayley_bwd(const Tensor& grad_any, const Tensor& q_any) {
   check_blocks(grad_any, "grad");
   check_blocks(q_any, "blocks");
-  STD_TORCH_CHECK(grad_any.get_device_index() == q_any.get_device_index(),
-                  "cayley: grad must be on the device of blocks, GPU ", q_any.get_device_index(), ", got GPU ",
-                  grad_any.get_device_index());
+  check_device(grad_any, "cayley", "grad", q_any, "blocks");
   STD_TORCH_CHECK(
       grad_any.size(0) == q_any.size(0) && grad_any.size(1) == q_any.size(1) && grad_any.size(2) == q_any.size(2),
       "cayley: grad must have the shape of blocks, (", q_any.size(0), ", ", q_any.size(1), ", ", q_any.size(2), ", ",

@@ -1,29 +1,14 @@
 // The operator fastpeft::low_rank_many_ on CUDA tensors. Schema and fake: fastpeft/ops/low_rank_many.py; maths:
 // low_rank_many.cuh.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <optional>
 
 #include "cuda/low_rank_many.cuh"
+#include "cuda/tensor.h"
 
 namespace fastpeft::many {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-bool is_16_bit(ScalarType type) { return type == ScalarType::BFloat16 || type == ScalarType::Half; }
-
-void check_device(const Tensor& tensor, const char* name, const Tensor& y) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == y.get_device_index(), "low_rank_many: ", name,
-                  " must be on y's device, GPU ", y.get_device_index(), ", got ",
-                  tensor.is_cuda() ? "GPU " : "device index ", tensor.get_device_index());
-}
+constexpr char kOp[] = "low_rank_many";
 
 // x or y: rows at any distance, elements side by side. Nothing is copied: this runs without allocating.
 void check_rows(const Tensor& tensor, const char* name) {
@@ -36,7 +21,7 @@ void check_rows(const Tensor& tensor, const char* name) {
 }
 
 void check_table(const Tensor& tensor, const char* name, ScalarType type, int64_t dims, const Tensor& y) {
-  check_device(tensor, name, y);
+  check_device(tensor, kOp, name, y, "y");
   STD_TORCH_CHECK(tensor.scalar_type() == type, "low_rank_many: ", name, " must be ", type, ", got ",
                   tensor.scalar_type());
   STD_TORCH_CHECK(tensor.dim() == dims, "low_rank_many: ", name, " must have ", dims, " dimensions, got ",
@@ -63,12 +48,6 @@ Shards shards_of(const Tensor& shards, const std::optional<Tensor>& index, int64
   };
 }
 
-template <typename S>
-void launch(const Plan& plan, const Arguments& args, cudaStream_t stream) {
-  low_rank_many_kernel<S><<<plan.grid, plan.block, static_cast<size_t>(plan.shared_bytes), stream>>>(args);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
 // Checks what a shape can tell; what is in the tables was checked when they were made.
 void low_rank_many(Tensor y, const Tensor& x, const Tensor& shards_A, const std::optional<Tensor>& index_A,
                    const Tensor& shards_B, const std::optional<Tensor>& index_B, const Tensor& first,
@@ -76,14 +55,11 @@ void low_rank_many(Tensor y, const Tensor& x, const Tensor& shards_A, const std:
   STD_TORCH_CHECK(y.is_cuda(), "low_rank_many: y must be on a GPU, it is not");
   check_rows(y, "y");
   check_rows(x, "x");
-  check_device(x, "x", y);
+  check_device(x, kOp, "x", y, "y");
   const ScalarType type = y.scalar_type(), shard_type = shards_A.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || is_16_bit(type),
-                  "low_rank_many: y must be float32, bfloat16 or float16, got ", type);
+  const Element element = element_of(y, kOp, "y"), shard_element = element_of(shards_A, kOp, "shards_A");
   STD_TORCH_CHECK(x.scalar_type() == type && x.size(0) == y.size(0), "low_rank_many: x must be ", type, " and have ",
                   y.size(0), " rows as y has, got ", x.scalar_type(), " and ", x.size(0), " rows");
-  STD_TORCH_CHECK(shard_type == ScalarType::Float || is_16_bit(shard_type),
-                  "low_rank_many: shards_A must be float32, bfloat16 or float16, got ", shard_type);
   STD_TORCH_CHECK(shards_B.scalar_type() == shard_type, "low_rank_many: shards_B must have the dtype of shards_A, ",
                   shard_type, ", got ", shards_B.scalar_type());
   STD_TORCH_CHECK(index_A.has_value() == index_B.has_value(),
@@ -105,15 +81,11 @@ void low_rank_many(Tensor y, const Tensor& x, const Tensor& shards_A, const std:
 
   const int device = y.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  int processors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  const Plan plan =
-      plan_low_rank_many(tokens, x.size(1), y.size(1), static_cast<int>(shards_A.element_size()), processors);
+  const Plan plan = plan_low_rank_many(tokens, x.size(1), y.size(1), bytes_of(shard_element),
+                                       device_attribute(cudaDevAttrMultiProcessorCount, device));
   STD_TORCH_CHECK(plan.error == nullptr, "low_rank_many: y of shape (", tokens, ", ", y.size(1), "): ", plan.error);
   const Arguments args{
-      .element = type == ScalarType::Float      ? Element::kFloat32
-                 : type == ScalarType::BFloat16 ? Element::kBFloat16
-                                                : Element::kFloat16,
+      .element = element,
       .x = x.const_data_ptr(),
       .y = y.mutable_data_ptr(),
       .x_row_stride = x.stride(0),
@@ -131,12 +103,8 @@ void low_rank_many(Tensor y, const Tensor& x, const Tensor& shards_A, const std:
       .outputs = plan.outputs,
       .front_floats = plan.front_floats,
   };
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const auto run = shard_type == ScalarType::Float      ? launch<float>
-                   : shard_type == ScalarType::BFloat16 ? launch<__nv_bfloat16>
-                                                        : launch<__half>;
-  run(plan, args, static_cast<cudaStream_t>(stream));
+  with_type(shard_element,
+            [&]<typename S>() { launch_kernel(low_rank_many_kernel<S>, plan, current_stream(device), args); });
 }
 
 }  // namespace

@@ -12,13 +12,9 @@
 // Raw pointers only, no allocation, no synchronisation with the host. tests/cuda_host compiles this file for a CPU.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
+
+#include "cuda/element.cuh"
 
 namespace fastpeft::many {
 
@@ -29,8 +25,6 @@ constexpr int kChunk = 8192;   // features of x that are there as float32
 constexpr int kBatchA = 4;     // vectors that a lane reads of each of two rows of A at the same time
 constexpr int kBatchB = 8;     // rows of B of which a thread reads a vector at the same time
 constexpr int kSmallPart = 8;  // a block's bytes of A by those of B beyond which narrower ranges gain nothing
-
-enum class Element { kFloat32, kBFloat16, kFloat16 };
 
 // Rows made of shards. `packed` says that 16 bytes of a shard can be read at once, everywhere.
 struct Shards {
@@ -54,8 +48,6 @@ struct Arguments {
   int ranges, outputs;  // of a row of y, and of a range; the blocks of the grid go through the ranges first
   int front_floats;
 };
-
-inline int bytes_of(Element element) { return element == Element::kFloat32 ? 4 : 2; }
 
 inline bool shards_are_packed(const void* shards, int64_t width, int element_bytes) {
   return reinterpret_cast<uintptr_t>(shards) % 16 == 0 && width * element_bytes % 16 == 0;
@@ -105,24 +97,6 @@ inline Plan plan_low_rank_many(int64_t tokens, int64_t in, int64_t out, int shar
   plan.front_floats = front_floats(static_cast<int>(in), shard_bytes);
   plan.shared_bytes = (plan.front_floats + 2 * kSlice) * int64_t{sizeof(float)};
   return plan;
-}
-
-__device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
-__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-template <typename T>
-__device__ __forceinline__ T narrow(float value);
-template <>
-__device__ __forceinline__ float narrow<float>(float value) {
-  return value;
-}
-template <>
-__device__ __forceinline__ __half narrow<__half>(float value) {
-  return __float2half_rn(value);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
-  return __float2bfloat16_rn(value);
 }
 
 // Asks for the line of an address without waiting for it.
@@ -185,11 +159,11 @@ __device__ __forceinline__ void stage(const T* x, float* staged, int count, int 
       if constexpr (kPacked) {
 #pragma unroll
         for (int e = 0; e < kWidth; e += 4) {
-          reinterpret_cast<float4*>(staged)[place(at + e) / 4] =
-              make_float4(widen(values[e]), widen(values[e + 1]), widen(values[e + 2]), widen(values[e + 3]));
+          reinterpret_cast<float4*>(staged)[place(at + e) / 4] = make_float4(
+              to_float(values[e]), to_float(values[e + 1]), to_float(values[e + 2]), to_float(values[e + 3]));
         }
       } else {
-        staged[place(at)] = widen(values[0]);
+        staged[place(at)] = to_float(values[0]);
       }
     }
   }
@@ -244,13 +218,13 @@ __device__ __forceinline__ float2 project(const Shards& a, const float* staged, 
 #pragma unroll
         for (int plane = 0; plane < kPlanes; ++plane) {
           const float4 x = reinterpret_cast<const float4*>(staged)[plane * plane_vectors + at];
-          part.x += x.x * widen(one[4 * plane]) + x.y * widen(one[4 * plane + 1]) + x.z * widen(one[4 * plane + 2]) +
-                    x.w * widen(one[4 * plane + 3]);
-          part.y += x.x * widen(other[4 * plane]) + x.y * widen(other[4 * plane + 1]) +
-                    x.z * widen(other[4 * plane + 2]) + x.w * widen(other[4 * plane + 3]);
+          part.x += x.x * to_float(one[4 * plane]) + x.y * to_float(one[4 * plane + 1]) +
+                    x.z * to_float(one[4 * plane + 2]) + x.w * to_float(one[4 * plane + 3]);
+          part.y += x.x * to_float(other[4 * plane]) + x.y * to_float(other[4 * plane + 1]) +
+                    x.z * to_float(other[4 * plane + 2]) + x.w * to_float(other[4 * plane + 3]);
         }
       } else {
-        part = make_float2(staged[at] * widen(one[0]), staged[at] * widen(other[0]));
+        part = make_float2(staged[at] * to_float(one[0]), staged[at] * to_float(other[0]));
       }
       sum.x += there ? part.x : 0.0f, sum.y += there ? part.y : 0.0f;
     }
@@ -319,7 +293,7 @@ __device__ __forceinline__ void expand(const Shards& b, const float* h, int firs
         S values[kOutputs];
         memcpy(values, &raw[i], sizeof(values));
 #pragma unroll
-        for (int e = 0; e < kOutputs; ++e) acc[e] += scale * widen(values[e]);
+        for (int e = 0; e < kOutputs; ++e) acc[e] += scale * to_float(values[e]);
       }
     }
   } else {
@@ -341,7 +315,7 @@ __device__ __forceinline__ void expand(const Shards& b, const float* h, int firs
 #pragma unroll
       for (int e = 0; e < kOutputs; ++e) raw[e] = load<S, Raw>(b, numbers[e], offset[e]);
 #pragma unroll
-      for (int e = 0; e < kOutputs; ++e) acc[e] += h[j] * widen(raw[e]);  // beyond the end nobody asks for the sum
+      for (int e = 0; e < kOutputs; ++e) acc[e] += h[j] * to_float(raw[e]);  // beyond the end nobody asks for the sum
     }
   }
 }
@@ -368,8 +342,8 @@ __device__ __forceinline__ void update(T* y, const float* sums, int count, int p
       const float4 next = reinterpret_cast<const float4*>(sums)[(part * part_floats + i) / kFour];
       sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
     }
-    values[0] = narrow<T>(widen(values[0]) + sum.x), values[1] = narrow<T>(widen(values[1]) + sum.y);
-    values[2] = narrow<T>(widen(values[2]) + sum.z), values[3] = narrow<T>(widen(values[3]) + sum.w);
+    values[0] = round_to<T>(to_float(values[0]) + sum.x), values[1] = round_to<T>(to_float(values[1]) + sum.y);
+    values[2] = round_to<T>(to_float(values[2]) + sum.z), values[3] = round_to<T>(to_float(values[3]) + sum.w);
     if (whole) {
       Four raw;
       memcpy(&raw, values, sizeof(values));
@@ -380,19 +354,6 @@ __device__ __forceinline__ void update(T* y, const float* sums, int count, int p
         if (i + e < count) y[i + e] = values[e];
       }
     }
-  }
-}
-
-// Calls f with row t of x or y, typed.
-template <typename F>
-__device__ __forceinline__ void with_element(Element element, F&& f) {
-  switch (element) {
-    case Element::kFloat32:
-      return f.template operator()<float>();
-    case Element::kBFloat16:
-      return f.template operator()<__nv_bfloat16>();
-    case Element::kFloat16:
-      return f.template operator()<__half>();
   }
 }
 

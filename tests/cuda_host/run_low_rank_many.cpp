@@ -13,12 +13,8 @@
 // more than the tensors, except that rows of y far apart are in memory that is only touched where there are rows.
 #include <sys/mman.h>
 
-#include <fstream>
-#include <iostream>
-#include <map>
-#include <string>
-
 #include "cuda/low_rank_many.cuh"
+#include "program.h"
 
 namespace fastpeft::many {
 
@@ -26,66 +22,7 @@ float4 shared_memory[(48 << 10) / sizeof(float4)];
 
 namespace {
 
-[[noreturn]] void fail(const std::string& message) {
-  std::cerr << "run_low_rank_many: " << message << "\n";
-  std::exit(1);
-}
-
-// `bytes` of memory that end where the allocation ends and begin `offset` bytes behind a 16-byte boundary; all ones.
-class Buffer {
- public:
-  Buffer(size_t bytes, size_t offset) : memory_(new char[offset + bytes]), data_(memory_.get() + offset) {
-    std::memset(memory_.get(), 0xff, offset + bytes);
-  }
-  template <typename T = char>
-  T* as() const {
-    return reinterpret_cast<T*>(data_);
-  }
-
- private:
-  std::unique_ptr<char[]> memory_;
-  char* data_;
-};
-
-class Options {
- public:
-  Options(int argc, char** argv) {
-    for (int i = 0; i < argc; ++i) {
-      const std::string option = argv[i];
-      const size_t middle = option.find('=');
-      if (middle == std::string::npos) fail("no value in " + option);
-      values_[option.substr(0, middle)] = option.substr(middle + 1);
-    }
-  }
-  bool has(const std::string& name) const { return values_.contains(name); }
-  const std::string& text(const std::string& name) const {
-    if (!has(name)) fail(name + " is missing");
-    return values_.at(name);
-  }
-  int64_t number(const std::string& name) const { return std::stoll(text(name)); }
-  size_t size(const std::string& name) const { return static_cast<size_t>(number(name)); }
-
-  std::string content(const std::string& name, size_t bytes) const {
-    std::ifstream file(text(name), std::ios::binary);
-    const std::string content(std::istreambuf_iterator<char>(file), {});
-    if (content.size() != bytes) fail(name + " does not have " + std::to_string(bytes) + " bytes");
-    return content;
-  }
-  Buffer file(const std::string& name, size_t bytes, size_t offset = 0) const {
-    Buffer buffer(bytes, offset);
-    std::memcpy(buffer.as(), content(name, bytes).data(), bytes);
-    return buffer;
-  }
-
- private:
-  std::map<std::string, std::string> values_;
-};
-
-template <typename T>
-Element element_of() {
-  if constexpr (sizeof(T) == 4) return Element::kFloat32;
-  return std::is_same_v<T, __half> ? Element::kFloat16 : Element::kBFloat16;
-}
+using namespace cuda_host;
 
 // Rows of `row_bytes`, `stride` bytes apart.
 void spread(const std::string& rows, size_t row_bytes, size_t stride, char* to) {
@@ -128,7 +65,7 @@ void run(const Options& options) {
                                        static_cast<int64_t>(out), sizeof(S), options.number("processors"));
   if (plan.error) fail(plan.error);
   Arguments args{
-      .element = element_of<T>(),
+      .element = kElement<T>,
       .x = x.as(),
       .y = nullptr,
       .x_row_stride = static_cast<int64_t>(x_stride),
@@ -169,23 +106,9 @@ void run(const Options& options) {
       if (std::string(begin + out * sizeof(T), gap) != std::string(gap, '\xff')) fail("wrote between rows of y");
     }
     if (far) munmap(y, y_bytes);
-    if (seed == 0) first_bits = bits;
-    if (bits != first_bits) fail("the order of the threads changes the result, seed " + std::to_string(seed));
+    check_same(bits, first_bits, seed);
   }
-  const std::string& path = options.text("result");
-  if (!std::ofstream(path, std::ios::binary)
-           .write(first_bits.data(), static_cast<std::streamsize>(first_bits.size()))) {
-    fail("cannot write " + path);
-  }
-}
-
-// Calls f with the type of that name as a template argument.
-template <typename F>
-void with_dtype(const std::string& name, F&& f) {
-  if (name == "float32") return f.template operator()<float>();
-  if (name == "float16") return f.template operator()<__half>();
-  if (name == "bfloat16") return f.template operator()<__nv_bfloat16>();
-  fail("unknown dtype " + name);
+  write_file(options.text("result"), first_bits);
 }
 
 }  // namespace
@@ -193,6 +116,7 @@ void with_dtype(const std::string& name, F&& f) {
 
 int main(int argc, char** argv) {
   using namespace fastpeft::many;
+  using namespace cuda_host;
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "plan" && argc == 7) {
     const Plan plan = plan_low_rank_many(std::stoll(argv[2]), std::stoll(argv[3]), std::stoll(argv[4]),
