@@ -119,6 +119,14 @@ def test_boft_degrees_of_freedom(llama, block_size, factors, published):
     assert count(parameters) == in_features * factors * block_size + out_features
 
 
+def test_oft_stores_its_degrees_of_freedom(llama):
+    """OFT of the same table, b = 16: the skew-symmetric part and nothing else."""
+    total = sum(parameter.numel() for parameter in llama.parameters())
+    parameters = adapted(llama, fastpeft.OFTConfig(oft_block_size=16, target_modules=SEVEN))
+    assert count(parameters) == 32 * (6 * 4096 + 11008) * 15 // 2
+    assert f"{100 * count(parameters) / total:.2f}%" == "0.13%"
+
+
 @pytest.mark.parametrize(
     "config, limit",
     [
@@ -134,6 +142,7 @@ def test_boft_degrees_of_freedom(llama, block_size, factors, published):
             8 * 4096**2 + 2**21,
             id="fourierft",
         ),
+        pytest.param(fastpeft.OFTConfig(oft_block_size=32, target_modules=SEVEN), 0, id="oft"),
     ],
 )
 def test_adapting_allocates_next_to_nothing(llama, config, limit):

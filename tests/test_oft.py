@@ -135,10 +135,15 @@ def plain(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def test_a_constrained_layer_under_checkpointing_and_compile():
     layer, x = constrained(), randn(9, IN)
+    parameter = layer.adapters["default"].oft_R
+    before = parameter.detach().clone()
     expected = run(layer, x)
-    again = run(layer, x, lambda layer, x: checkpoint(layer, x, use_reentrant=False))
+    projected = parameter.detach().clone()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for found in (again, run(layer, x, lambda layer, x: compiled(x))):
+    for forward in (lambda layer, x: checkpoint(layer, x, use_reentrant=False), lambda layer, x: compiled(x)):
+        parameter.data.copy_(before)
+        found = run(layer, x, forward)
+        torch.testing.assert_close(parameter.detach(), projected)
         for name, tensor in expected.tensors().items():
             torch.testing.assert_close(found.tensors()[name], tensor, rtol=1e-5, atol=1e-5)
 
