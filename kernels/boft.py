@@ -9,10 +9,14 @@
 
 No product leaves a window of b · 2^(m−1) features, so R is a diagonal of window² matrices. A program
 multiplies the factors of its windows with each other first, once, and then its tokens with that one
-matrix. The permutations become addresses, x is read and y written once whatever m is, no intermediate
-of a token exists, and all that grows with T is two products of tiles: x R, and xᵀ g, from which the
-gradients of all factors follow by the chain rule when the tokens are gone. Between rotation and scale stands the
-library's product with W.
+matrix. Where that is wider than registers and shared memory allow (WIDEST), as many consecutive factors as fit
+take one pass: k of them mix b · 2^(k−1) features, wherever these lie. Blocks wider than that, and windows up to
+WIDEST_WINDOW beside many tokens, go to boft_wide.py, one pass for one factor. Between passes is float32.
+
+The permutations become addresses, x is read and y written once in each pass, no other intermediate of a token
+exists, and all that grows with T is two products of tiles: x R, and xᵀ g, from which the gradients of a pass's
+factors follow by the chain rule when the tokens are gone. Between rotation and scale stands the library's product
+with W.
 """
 
 import torch
@@ -20,96 +24,78 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from fastpeft.kernels import device, tuning
+from fastpeft.kernels.boft_wide import mixed_places, wide_bwd, wide_fwd
 from fastpeft.kernels.device import SHARED_MEMORY, check_dtypes, count_tiles
-from fastpeft.kernels.dots import bfloat16_parts, dot, dot_up, rounded
+from fastpeft.kernels.dots import dot_float32, dot_parts, dot_up, dot_whole, operand_parts, rounded
 
 
 @triton.jit
-def block_places(first, features, f, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Where the entries of B̃_f over WIDTH features from `first` on lie among the blocks, and which are not zero.
+def tile_places(
+    tile,
+    features,
+    FIRST: tl.constexpr,
+    FACTORS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """The features of a tile, those that factors FIRST to FIRST + FACTORS − 1 mix side by side, and which there are.
+
+    A tile has SPAN features, whole sets of them, and is filled up to WIDTH.
+    """
+    n = tl.arange(0, WIDTH)
+    i = tile.to(tl.int64) * SPAN + n
+    inside = i < features
+    if SPAN < WIDTH:
+        inside = inside & (n < SPAN)
+    return mixed_places(i, FIRST, FACTORS, BLOCK), inside
+
+
+@triton.jit
+def block_places(i, inside, features, f, BLOCK: tl.constexpr):
+    """Where the entries of B̃_f over features i lie among the blocks, and which are not zero.
 
     In a window of 2H half-blocks, H = 2^f, block s takes half-blocks s and s + H, and puts its result there.
     """
-    i = first + tl.arange(0, WIDTH)
-    half = i // (BLOCK // 2)
-    block = (half >> (f + 1) << f) + (half & ((1 << f) - 1))
-    place = (half >> f & 1) * (BLOCK // 2) + i % (BLOCK // 2)
+    if BLOCK % 2 == 1:  # one factor, without halves
+        block, place = i // BLOCK, i % BLOCK
+    else:
+        half = i // (BLOCK // 2)
+        block = (half >> (f + 1) << f) + (half & ((1 << f) - 1))
+        place = (half >> f & 1) * (BLOCK // 2) + i % (BLOCK // 2)
     row = (features // BLOCK * f + block) * BLOCK + place
-    joined = (block[:, None] == block[None, :]) & (i < features)[:, None]
+    joined = (block[:, None] == block[None, :]) & inside[:, None] & inside[None, :]
     return row[:, None] * BLOCK + place[None, :], joined
 
 
 @triton.jit
-def load_factor(blocks_ptr, first, features, f, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """B̃_f over WIDTH features from `first` on, dense. Masked entries are not fetched."""
-    offsets, joined = block_places(first, features, f, BLOCK, WIDTH)
+def load_factor(blocks_ptr, i, inside, features, f, BLOCK: tl.constexpr):
+    """B̃_f over features i, dense. Masked entries are not fetched."""
+    offsets, joined = block_places(i, inside, features, f, BLOCK)
     return tl.load(blocks_ptr + offsets, mask=joined, other=0.0)
 
 
 @triton.jit
 def load_rotation(
     blocks_ptr,
-    first,
+    i,
+    inside,
     features,
     exact: tl.constexpr,
+    FIRST: tl.constexpr,
     FACTORS: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):
-    """R over WIDTH features: the product of all factors, the last one first."""
-    r = load_factor(blocks_ptr, first, features, FACTORS - 1, BLOCK, WIDTH)
+    """The product of the factors over features i, the last one first."""
+    r = load_factor(blocks_ptr, i, inside, features, FIRST + FACTORS - 1, BLOCK)
     # One stage, or each factor on its way would take shared memory from the tiles of tokens.
     for done in tl.range(1, FACTORS, num_stages=1):
-        q = load_factor(blocks_ptr, first, features, FACTORS - 1 - done, BLOCK, WIDTH)
+        q = load_factor(blocks_ptr, i, inside, features, FIRST + FACTORS - 1 - done, BLOCK)
         if exact:
             r = dot_float32(r, q, tl.zeros_like(r))
         else:
             r = dot_up(r, q, tl.zeros_like(r), exact=False)
     return r
-
-
-# The inner size of a true float32 product, whose operands lie in registers for all of it: 64 would not fit there.
-INNER = tl.constexpr(16)
-
-
-@triton.jit
-def dot_float32(a, b, acc):
-    """acc + a b for float32 operands, by halves of the inner size down to INNER."""
-    if a.shape[1] > INNER:
-        a_even, a_odd = tl.split(tl.reshape(a, (a.shape[0], a.shape[1] // 2, 2)))
-        b_even, b_odd = tl.split(tl.permute(tl.reshape(b, (b.shape[0] // 2, 2, b.shape[1])), (0, 2, 1)))
-        acc = dot_float32(a_even, b_even, acc)
-        acc = dot_float32(a_odd, b_odd, acc)
-    else:
-        acc = dot(a, b, acc)
-    return acc
-
-
-@triton.jit
-def operand_parts(r, dtype: tl.constexpr):
-    """r for `rotate`: as it is beside float32, else in two bfloat16 parts; the 2⁻¹⁶ that is left is not seen."""
-    if dtype == tl.float32:
-        high, low = r, r
-    else:
-        high, low, _ = bfloat16_parts(r)
-    return high, low
-
-
-@triton.jit
-def rotate(x, r_high, r_low):
-    """x r before it is rounded to x's dtype, the smallest terms first. 16-bit x goes in whole: 11 bits are 8 + 3."""
-    acc = tl.zeros((x.shape[0], r_high.shape[1]), tl.float32)
-    if x.dtype == tl.float32:
-        acc = dot_float32(x, r_high, acc)
-    else:
-        if x.dtype == tl.float16:
-            x_high, x_low, _ = bfloat16_parts(x)
-            acc = dot(x_low, r_high, acc)
-        else:
-            x_high = x
-        acc = dot(x_high, r_low, acc)
-        acc = dot(x_high, r_high, acc)
-    return acc
 
 
 # Floor. Bytes: x and y once; the blocks, 4 · b · m a feature, once for each of the groups of token tiles, of which
@@ -128,28 +114,30 @@ def butterfly_fwd_kernel(
     groups,
     stride_xt,
     stride_xi,
+    FIRST: tl.constexpr,  # of the factors, and how many
     FACTORS: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,  # whole windows
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,  # features of a tile, up to WIDTH
     BLOCK_T: tl.constexpr,
+    EXACT: tl.constexpr,  # true float32 throughout
 ):
     # Programs that run at one time take neighbouring features of the same tokens: whole rows of memory.
-    tiles_i = tl.cdiv(features, WIDTH)
+    tiles_i = tl.cdiv(features, SPAN)
     program = tl.program_id(0)
     group = program // tiles_i
-    first = (program % tiles_i).to(tl.int64) * WIDTH
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    r = load_rotation(blocks_ptr, first, features, dtype == tl.float32, FACTORS, BLOCK, WIDTH)
-    r_high, r_low = operand_parts(r, dtype)
+    i, inside = tile_places(program % tiles_i, features, FIRST, FACTORS, BLOCK, WIDTH, SPAN)
+    r = load_rotation(blocks_ptr, i, inside, features, EXACT, FIRST, FACTORS, BLOCK)
+    r_high, r_low = operand_parts(r, EXACT)
 
     # int64: tokens · features passes 2³¹ at 524288 tokens of a 4096-wide layer.
-    i = first + tl.arange(0, WIDTH)
     t = group.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     step = groups.to(tl.int64) * BLOCK_T
     for _ in range(group, tl.cdiv(tokens, BLOCK_T), groups):
-        mask = (t < tokens)[:, None] & (i < features)[None, :]
+        mask = (t < tokens)[:, None] & inside[None, :]
         x = tl.load(x_ptr + t[:, None] * stride_xt + i[None, :] * stride_xi, mask=mask, other=0.0)
-        y = rounded(rotate(x, r_high, r_low), y_ptr.dtype.element_ty)
+        y = dot_parts(x, r_high, r_low, tl.zeros((BLOCK_T, WIDTH), tl.float32), EXACT)
+        y = rounded(y, y_ptr.dtype.element_ty)
         tl.store(y_ptr + t[:, None] * features + i[None, :], y, mask=mask)
         t += step
 
@@ -173,35 +161,34 @@ def butterfly_bwd_kernel(
     stride_xi,
     NEED_X: tl.constexpr,
     NEED_BLOCKS: tl.constexpr,
+    FIRST: tl.constexpr,
     FACTORS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    tiles_i = tl.cdiv(features, WIDTH)
+    tiles_i = tl.cdiv(features, SPAN)
     program = tl.program_id(0)
     group = program // tiles_i
-    first = (program % tiles_i).to(tl.int64) * WIDTH
+    i, inside = tile_places(program % tiles_i, features, FIRST, FACTORS, BLOCK, WIDTH, SPAN)
     if NEED_X:
-        dtype: tl.constexpr = grad_ptr.dtype.element_ty
-        r = load_rotation(blocks_ptr, first, features, dtype == tl.float32, FACTORS, BLOCK, WIDTH)
-        r_high, r_low = operand_parts(tl.trans(r), dtype)
+        r = load_rotation(blocks_ptr, i, inside, features, EXACT, FIRST, FACTORS, BLOCK)
+        r_high, r_low = operand_parts(tl.trans(r), EXACT)
 
-    i = first + tl.arange(0, WIDTH)
     t = group.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     step = groups.to(tl.int64) * BLOCK_T
     sums = tl.zeros((WIDTH, WIDTH), tl.float32)
     for _ in range(group, tl.cdiv(tokens, BLOCK_T), groups):
-        mask = (t < tokens)[:, None] & (i < features)[None, :]
+        mask = (t < tokens)[:, None] & inside[None, :]
         grad = tl.load(grad_ptr + t[:, None] * stride_gt + i[None, :] * stride_gi, mask=mask, other=0.0)
         if NEED_BLOCKS:
             x = tl.load(x_ptr + t[:, None] * stride_xt + i[None, :] * stride_xi, mask=mask, other=0.0)
-            if x.dtype == tl.float32:
-                sums = dot_float32(tl.trans(x), grad, sums)
-            else:
-                sums = dot(tl.trans(x), grad, sums)
+            sums = dot_whole(tl.trans(x), grad, sums)
         if NEED_X:
-            dx = rounded(rotate(grad, r_high, r_low), dx_ptr.dtype.element_ty)
+            dx = dot_parts(grad, r_high, r_low, tl.zeros((BLOCK_T, WIDTH), tl.float32), EXACT)
+            dx = rounded(dx, dx_ptr.dtype.element_ty)
             tl.store(dx_ptr + t[:, None] * features + i[None, :], dx, mask=mask)
         t += step
 
@@ -221,29 +208,37 @@ def blocks_bwd_kernel(
     dblocks_ptr,  # like blocks
     features,
     groups,
+    FIRST: tl.constexpr,
     FACTORS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
-    WINDOW: tl.constexpr,
+    SPAN: tl.constexpr,
+    WINDOW: tl.constexpr,  # the diagonal of a tile in squares of so many
+    PART: tl.constexpr,  # features, of which these are the ones that there are: PART divides SPAN
 ):
-    first = tl.program_id(0).to(tl.int64) * WINDOW
-    i = first + tl.arange(0, WINDOW)
-    offsets = i[:, None] * WIDTH + (i % WIDTH)[None, :]
-    group_size = tl.cdiv(features, WIDTH).to(tl.int64) * WIDTH * WIDTH
+    part = tl.program_id(0)
+    n = tl.arange(0, WINDOW)
+    i, inside = tile_places(part, features, FIRST, FACTORS, BLOCK, WINDOW, PART)
+    row = (part // (SPAN // PART)).to(tl.int64) * WIDTH + part % (SPAN // PART) * PART + n
+    offsets = row[:, None] * WIDTH + (row % WIDTH)[None, :]
+    group_size = tl.cdiv(features, SPAN).to(tl.int64) * WIDTH * WIDTH
     g = tl.zeros((WINDOW, WINDOW), tl.float32)
     for _ in range(groups):
-        g += tl.load(sums_ptr + offsets)
+        if PART < WINDOW:
+            g += tl.load(sums_ptr + offsets, mask=inside[:, None] & inside[None, :], other=0.0)
+        else:
+            g += tl.load(sums_ptr + offsets)
         offsets += group_size
 
     # g is (xᵀ g) S_fᵀ. Loops that are not unrolled, and no branch around the last product, keep operands in registers.
-    for f in tl.range(FACTORS, num_stages=1):
+    for f in tl.range(FIRST, FIRST + FACTORS, num_stages=1):
         d = g
-        for done in tl.range(1, FACTORS - f, num_stages=1):
-            q = load_factor(blocks_ptr, first, features, FACTORS - done, BLOCK, WINDOW)
+        for done in tl.range(1, FIRST + FACTORS - f, num_stages=1):
+            q = load_factor(blocks_ptr, i, inside, features, FIRST + FACTORS - done, BLOCK)
             d = dot_float32(tl.trans(q), d, tl.zeros_like(d))
-        places, joined = block_places(first, features, f, BLOCK, WINDOW)
+        places, joined = block_places(i, inside, features, f, BLOCK)
         tl.store(dblocks_ptr + places, d, mask=joined)
-        q = load_factor(blocks_ptr, first, features, f, BLOCK, WINDOW)
+        q = load_factor(blocks_ptr, i, inside, features, f, BLOCK)
         g = dot_float32(g, tl.trans(q), tl.zeros_like(g))
 
 
@@ -256,7 +251,9 @@ def matrix_places(rows, BLOCK: tl.constexpr, SLOT: tl.constexpr, WIDTH: tl.const
     i = tl.arange(0, WIDTH)
     row = (tl.program_id(0).to(tl.int64) * (WIDTH // SLOT) + i // SLOT) * BLOCK + i % SLOT
     within = (i % SLOT < BLOCK) & (row < rows)
-    mask = (i[:, None] // SLOT == i[None, :] // SLOT) & within[:, None] & within[None, :]
+    mask = within[:, None] & within[None, :]
+    if SLOT < WIDTH:
+        mask = mask & (i[:, None] // SLOT == i[None, :] // SLOT)
     return row[:, None] * BLOCK + (i % SLOT)[None, :], mask
 
 
@@ -282,13 +279,17 @@ def cayley_fwd_kernel(
         # Rows k of all blocks at once: no column has entries of two blocks, so a sum over the rows picks its own.
         at_k = i % SLOT == k
         column = tl.sum(tl.where(at_k[None, :], a, 0.0), axis=1)
-        pivot = tl.sum(tl.where(at_k[:, None] & inside, column[:, None], 0.0), axis=0)
+        if SLOT < WIDTH:
+            pivot = tl.sum(tl.where(at_k[:, None] & inside, column[:, None], 0.0), axis=0)
+        else:
+            pivot = tl.sum(tl.where(at_k, column, 0.0), axis=0)
         a_row = tl.sum(tl.where(at_k[:, None], a, 0.0), axis=0) / pivot
         q_row = tl.sum(tl.where(at_k[:, None], q, 0.0), axis=0) / pivot
         column = tl.where(at_k, 0.0, column)[:, None]
         a = tl.where(at_k[:, None], a_row[None, :], a - column * a_row[None, :])
         q = tl.where(at_k[:, None], q_row[None, :], q - column * q_row[None, :])
-        a, q = tl.where(inside, a, 0.0), tl.where(inside, q, 0.0)
+        if SLOT < WIDTH:
+            a, q = tl.where(inside, a, 0.0), tl.where(inside, q, 0.0)
     p = eye + q
     rest = dot_float32(-s, p, eye - q)
     q = dot_float32(0.5 * p, rest, q)
@@ -388,23 +389,48 @@ def scale_bwd_kernel(
         tl.store(sums_ptr + group * features + d, tl.sum(sums, 0), mask=in_d)
 
 
-# The widest window whose R a program holds beside its tokens, and the least that tensor cores multiply.
+# The most features that factors mix for a program to hold their product beside its tokens, and the least that tensor
+# cores multiply.
 WIDEST, NARROWEST = 64, 16
+# A window of up to so many goes through as one matrix of a wide block, in one pass over x. Of twice as many it would be
+# 1024 operations a feature in bfloat16, which take longer than the 8 bytes of another pass.
+WIDEST_WINDOW = 128
 FREE = ("BLOCK_T", "num_warps", "num_stages")  # of the settings: what tuning may change
 
 
-def butterfly_fits(features: int, block: int, factors: int) -> bool:
-    """Whether these kernels take m = `factors` butterfly factors of block size b = `block`."""
-    window = block << (factors - 1)
-    return block >= 2 and block & (block - 1) == 0 and window <= WIDEST and features % window == 0
+def passes_of(block: int, factors: int) -> list[tuple[int, int]]:
+    """Which factors each pass over the tokens takes, the first one and how many, in the order of the factors.
 
-
-def tile_width(block: int, factors: int, dtype: torch.dtype) -> int:
-    """Features of a tile: whole windows, and a whole cache line of 128 bytes of each row.
-
-    Narrower tiles would multiply fewer zeros, but in 16 bits that is not what is waited for.
+    k factors from any one on mix b · 2^(k−1) features, which a program multiplies with one matrix: as many as leave
+    that at WIDEST, or one, of any block size. Passes are alike, so that no matrix is wider than it must be.
     """
-    return max(block << (factors - 1), 128 // dtype.itemsize)
+    most = 1
+    while block << most <= WIDEST:
+        most += 1
+    count = count_tiles(factors, most)
+    ends = [factors * (k + 1) // count for k in range(count)]
+    return [(end - size, size) for end, size in zip(ends, map(int.__sub__, ends, [0, *ends]), strict=False)]
+
+
+def dense_pays(tokens: int, block: int, factors: int) -> bool:
+    """Whether windows too wide for a program are multiplied out, so that one pass over x is enough.
+
+    That takes the passes over as many tokens as a window has features: no gain for fewer.
+    """
+    window = block << (factors - 1)
+    return factors > 1 and WIDEST < window <= WIDEST_WINDOW and tokens >= 4 * window
+
+
+def tile_sizes(span: int, dtype: torch.dtype) -> dict[str, int]:
+    """Sizes of a tile for factors that mix `span` features, and of the squares that its diagonal falls into.
+
+    A tile has whole spans, and a whole cache line of 128 bytes of each row. Narrower tiles would multiply fewer zeros,
+    but in 16 bits that is not what is waited for.
+    """
+    window = max(1 << (span - 1).bit_length(), NARROWEST)
+    part = window // span * span
+    width = max(window, 128 // dtype.itemsize)
+    return {"WIDTH": width, "SPAN": width // part * part, "WINDOW": window, "PART": part}
 
 
 def butterfly_config(
@@ -416,28 +442,33 @@ def butterfly_config(
     programs: int,
     processors: int,
     shared_memory: int = SHARED_MEMORY,
+    alone: bool = True,
 ) -> tuple[dict[str, int], int, int]:
     """Settings of the kernels over tokens, the number of tiles of features and that of groups of token tiles.
 
-    programs: how many are wanted for each of the processors. shared_memory: bytes that one may use.
+    dtype: of what is multiplied. programs: how many are wanted for each of the processors. shared_memory: bytes that
+    one may use. alone: whether one pass takes all factors.
     """
-    width = tile_width(block, factors, dtype)
-    tiles = count_tiles(features, width)
-    # 64 rows are what a wgmma takes; fewer only where they are not there, or processors would stay idle.
-    block_t = 64
+    sizes = tile_sizes(block << (factors - 1), dtype)
+    width, tiles = sizes["WIDTH"], count_tiles(features, sizes["SPAN"])
+    # From Hopper on (227 KiB) tensor cores read from shared memory. Before (163 KiB and less), and in float32, operands
+    # take registers, and those of a 64-wide product more than four warps have; so do the addresses of features that do
+    # not lie side by side, and conversions between passes.
+    in_registers = dtype == torch.float32 or shared_memory < 200 * 1024
+    # 64 rows are what a wgmma takes; fewer only where they are not there, or processors would stay idle, or where
+    # operands share registers with more than a few addresses.
+    block_t = 32 if in_registers and (sizes["SPAN"] < width or not alone) else 64
     while block_t > NARROWEST and (block_t >= 2 * tokens or tiles * count_tiles(tokens, block_t) < processors):
         block_t //= 2
     # A group has one program for each tile of features, which multiplies its factors once for all its tokens.
     groups = min(count_tiles(tokens, block_t), count_tiles(programs * processors, tiles))
-    # From Hopper on (227 KiB) tensor cores read from shared memory. Before (163 KiB and less), and in float32, operands
-    # take registers, and those of a 64-wide product more than four warps have.
-    in_registers = dtype == torch.float32 or shared_memory < 200 * 1024
     config = {
         "FACTORS": factors,
         "BLOCK": block,
         "WIDTH": width,
+        "SPAN": sizes["SPAN"],
         "BLOCK_T": block_t,
-        "num_warps": 8 if in_registers and width == 64 else 4,
+        "num_warps": 8 if in_registers and (width == 64 or not alone) else 4,
         "num_stages": 3,
     }
     return config, tiles, groups
@@ -447,10 +478,11 @@ def check_butterfly(blocks: torch.Tensor, features: int, **rows: torch.Tensor) -
     check_dtypes(**rows)
     check_float32(blocks=blocks)
     factors, n_blocks, block, _ = blocks.shape
-    if n_blocks * block != features or not butterfly_fits(features, block, factors):
+    halves = factors == 1 or (block % 2 == 0 and features % (block << (factors - 1)) == 0)
+    if n_blocks * block != features or not halves:
         raise ValueError(
-            f"blocks must have a power of two from 2 to {WIDEST} as block size b and windows b · 2^(m−1) of at most "
-            f"{WIDEST} that divide the features, got {tuple(blocks.shape)} for {features} features"
+            "blocks must be (m, d / b, b, b), with an even b and windows b · 2^(m−1) that divide the d features if "
+            f"m > 1, got {tuple(blocks.shape)} for {features} features"
         )
 
 
@@ -460,34 +492,104 @@ def check_float32(**tensors: torch.Tensor) -> None:
             raise TypeError(f"{name} must be float32, got {tensor.dtype}")
 
 
+def settings_of(
+    name: str, x: torch.Tensor, blocks: torch.Tensor, first: int, factors: int, dtype: torch.dtype, programs: int
+) -> tuple[dict[str, int], int, int]:
+    (tokens, features), block = x.shape, blocks.shape[2]
+    processors, shared_memory = device.processors_of(x.device), device.shared_memory_of(x.device)
+    config, tiles, groups = butterfly_config(
+        tokens, features, block, factors, dtype, programs, processors, shared_memory, factors == blocks.shape[0]
+    )
+    config = tuning.settle(name, (features, block, first, factors, dtype), tokens, x.device, config, FREE)
+    return config | {"FIRST": first, "EXACT": dtype == torch.float32}, tiles, groups
+
+
+def pass_fwd(
+    x: torch.Tensor,  # (T, d)
+    blocks: torch.Tensor,  # (m, d / b, b, b), contiguous
+    first: int,
+    factors: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # (T, d)
+    """x B̃_{first + factors − 1} … B̃_first; in true float32 if x or the result has that dtype."""
+    tokens, features = x.shape
+    if blocks.shape[2] > WIDEST:
+        return wide_fwd(x, blocks[first], first, dtype)
+    y = torch.empty((tokens, features), dtype=dtype, device=x.device)
+    # Four programs on a processor: while one waits for memory the others have something under way.
+    multiplied = torch.promote_types(x.dtype, dtype)
+    config, tiles, groups = settings_of("butterfly_fwd", x, blocks, first, factors, multiplied, 4)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, wherever x is
+        butterfly_fwd_kernel[(tiles * groups,)](x, blocks, y, tokens, features, groups, *x.stride(), **config)
+    return y
+
+
+def pass_bwd(
+    grad: torch.Tensor,  # (T, d)
+    x: torch.Tensor,  # (T, d)
+    blocks: torch.Tensor,  # (m, d / b, b, b), contiguous
+    first: int,
+    factors: int,
+    dtype: torch.dtype,
+    need_x: bool,
+    dblocks: torch.Tensor | None,  # like blocks
+) -> torch.Tensor:  # (T, d)
+    """The gradient of x, without rows if it is not needed; those of the pass's factors go into dblocks."""
+    tokens, features = x.shape
+    block = blocks.shape[2]
+    if block > WIDEST:
+        if dblocks is not None:
+            wide_bwd(grad, x, first, dblocks[first])
+        return wide_fwd(grad, blocks[first].mT, first, dtype) if need_x else x.new_empty((0, features))
+    dx = torch.empty((tokens if need_x else 0, features), dtype=dtype, device=x.device)
+    # Two programs on a processor: each has sums to write at its end.
+    multiplied = torch.promote_types(torch.promote_types(grad.dtype, x.dtype), dtype)
+    config, tiles, groups = settings_of("butterfly_bwd", x, blocks, first, factors, multiplied, 2)
+    width, need_blocks = config["WIDTH"], dblocks is not None
+    sums = torch.empty((groups if need_blocks else 0, tiles, width, width), dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        butterfly_bwd_kernel[(tiles * groups,)](
+            grad, x, blocks, dx, sums, tokens, features, groups, *grad.stride(), *x.stride(),
+            NEED_X=need_x, NEED_BLOCKS=need_blocks, **config,
+        )  # fmt: skip
+        if need_blocks:
+            sizes = tile_sizes(block << (factors - 1), multiplied)
+            warps = sizes["WINDOW"] ** 2 // 256  # eight entries of a matrix for each thread: more of them spill
+            blocks_bwd_kernel[(count_tiles(features, sizes["PART"]),)](
+                sums, blocks, dblocks, features, groups,
+                FIRST=first, FACTORS=factors, BLOCK=block, **sizes, num_warps=warps,
+            )  # fmt: skip
+    return dx
+
+
+def passes_fwd(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """x R, the last factor first. What goes from pass to pass is float32: only the end is rounded."""
+    z = x
+    for first, factors in reversed(passes_of(blocks.shape[2], blocks.shape[0])):
+        z = pass_fwd(z, blocks, first, factors, torch.float32 if first else x.dtype)
+    return z
+
+
+def window_matrices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """R as blocks of one factor, (1, d / window, window, window), and the rows, identities, that it comes from."""
+    factors, n_blocks, block, _ = blocks.shape
+    window = block << (factors - 1)
+    rows = torch.eye(window, dtype=torch.float32, device=blocks.device).repeat(1, n_blocks * block // window)
+    return passes_fwd(rows, blocks).unflatten(1, (-1, window)).transpose(0, 1).unsqueeze(0), rows
+
+
 def butterfly_fwd(
     x: torch.Tensor,  # (T, d)
     blocks: torch.Tensor,  # (m, d / b, b, b), float32
 ) -> torch.Tensor:  # (T, d)
     """y = x R in x's dtype; any strides."""
-    tokens, features = x.shape
-    check_butterfly(blocks, features, x=x)
-    y = torch.empty((tokens, features), dtype=x.dtype, device=x.device)
-    if tokens == 0:
-        return y
-    factors, _, block, _ = blocks.shape
-    # Four programs on a processor: while one waits for memory the others have something under way.
-    config, tiles, groups = butterfly_config(
-        tokens,
-        features,
-        block,
-        factors,
-        x.dtype,
-        4,
-        device.processors_of(x.device),
-        device.shared_memory_of(x.device),
-    )
-    config = tuning.settle("butterfly_fwd", (features, block, factors, x.dtype), tokens, x.device, config, FREE)
-    with torch.cuda.device_of(x):  # Triton launches on the current device, wherever x is
-        butterfly_fwd_kernel[(tiles * groups,)](
-            x, blocks.contiguous(), y, tokens, features, groups, *x.stride(), **config
-        )  # fmt: skip
-    return y
+    check_butterfly(blocks, x.shape[1], x=x)
+    if x.shape[0] == 0:
+        return x.new_empty(x.shape)
+    blocks = blocks.contiguous()
+    if dense_pays(x.shape[0], blocks.shape[2], blocks.shape[0]):
+        blocks, _ = window_matrices(blocks)
+    return passes_fwd(x, blocks)
 
 
 def butterfly_bwd(
@@ -503,40 +605,26 @@ def butterfly_bwd(
     if grad.dtype != x.dtype:
         raise TypeError(f"grad must have x's dtype, {x.dtype}, got {grad.dtype}")
     factors, n_blocks, block, _ = blocks.shape
-    dx = torch.empty((tokens if need_x else 0, features), dtype=x.dtype, device=x.device)
-    if tokens == 0:
-        return dx, blocks.new_zeros((factors if need_blocks else 0, n_blocks, block, block))
-    dblocks = torch.empty((factors if need_blocks else 0, n_blocks, block, block), dtype=torch.float32, device=x.device)
-    if not (need_x or need_blocks):
-        return dx, dblocks
-    # Two programs on a processor: each has sums to write at its end.
-    config, tiles, groups = butterfly_config(
-        tokens,
-        features,
-        block,
-        factors,
-        x.dtype,
-        2,
-        device.processors_of(x.device),
-        device.shared_memory_of(x.device),
-    )
-    config = tuning.settle("butterfly_bwd", (features, block, factors, x.dtype), tokens, x.device, config, FREE)
-    width = config["WIDTH"]
-    sums = torch.empty((groups if need_blocks else 0, tiles, width, width), dtype=torch.float32, device=x.device)
+    shape = (factors if need_blocks else 0, n_blocks, block, block)
+    if tokens == 0 or not (need_x or need_blocks):
+        return x.new_empty((tokens if need_x else 0, features)), blocks.new_zeros(shape)
     blocks = blocks.contiguous()
-    with torch.cuda.device_of(x):
-        butterfly_bwd_kernel[(tiles * groups,)](
-            grad, x, blocks, dx, sums, tokens, features, groups, *grad.stride(), *x.stride(),
-            NEED_X=need_x, NEED_BLOCKS=need_blocks, **config,
-        )  # fmt: skip
-        if need_blocks:
-            window = max(block << (factors - 1), NARROWEST)
-            warps = window * window // 256  # eight entries of a matrix for each thread: more of them spill
-            blocks_bwd_kernel[(count_tiles(features, window),)](
-                sums, blocks, dblocks, features, groups,
-                FACTORS=factors, BLOCK=block, WIDTH=width, WINDOW=window, num_warps=warps,
-            )  # fmt: skip
-    return dx, dblocks
+    if dense_pays(tokens, block, factors):
+        matrices, rows = window_matrices(blocks)
+        dx, dR = butterfly_bwd(grad, x, matrices, need_x, need_blocks)
+        # R is the rotation of those rows, and so the gradient of the blocks follows from dR as from any other's.
+        dR = dR.flatten(0, 1).transpose(0, 1).flatten(1) if need_blocks else rows
+        return dx, butterfly_bwd(dR, rows, blocks, False, need_blocks)[1]
+    passes = passes_of(block, factors)
+    inputs = [x]  # of each pass, in the order of the factors: the last one is the first to see x
+    for first, size in reversed(passes[1:]):
+        inputs.insert(0, pass_fwd(inputs[0], blocks, first, size, torch.float32) if need_blocks else x)
+    dblocks = torch.empty(shape, dtype=torch.float32, device=x.device)
+    for z, (first, size) in zip(inputs, passes, strict=True):
+        last = first + size == factors
+        dtype, need = (x.dtype, need_x) if last else (torch.float32, True)
+        grad = pass_bwd(grad, z, blocks, first, size, dtype, need, dblocks if need_blocks else None)
+    return grad, dblocks
 
 
 # A tile of the scaling: 32 numbers for each of 128 threads, and whole cache lines of each row.
@@ -625,13 +713,12 @@ def boft_bwd(
 def cayley_config(matrices: torch.Tensor) -> tuple[dict[str, int], int, int]:
     """Settings of the kernels of the Cayley transform, the rows of all matrices and the programs that share them."""
     block = matrices.shape[-1]
-    if not 1 <= block <= WIDEST:
-        raise ValueError(f"the block size must lie in [1, {WIDEST}], got {block}")
     slot = 1 << (block - 1).bit_length()
     width = max(slot, NARROWEST)
     rows = matrices.numel() // block
-    # Eight entries of a matrix for each thread; in one warp, for most blocks, no step waits for another warp.
-    settings = {"BLOCK": block, "SLOT": slot, "WIDTH": width, "num_warps": width * width // 256}
+    # Eight entries of a matrix for each thread; in one warp, for most blocks, no step waits for another warp. Twice as
+    # many of the largest, or half of the registers that a thread can have, which would not do.
+    settings = {"BLOCK": block, "SLOT": slot, "WIDTH": width, "num_warps": min(width * width // 256, 8)}
     return settings, rows, count_tiles(rows, width // slot * block)
 
 
@@ -640,6 +727,10 @@ def cayley_fwd(
 ) -> torch.Tensor:  # (m, d / b, b, b)
     """Q = (I − S)(I + S)⁻¹ with S = ½ (boft_R − boft_Rᵀ), of every block."""
     check_float32(boft_R=boft_R)
+    if boft_R.shape[-1] > WIDEST:  # no matrix for one program, and work enough for the library's solve
+        eye = torch.eye(boft_R.shape[-1], dtype=torch.float32, device=boft_R.device)
+        skew = (boft_R - boft_R.mT) / 2
+        return torch.linalg.solve_ex(eye + skew, eye - skew, left=False)[0].contiguous()
     config, rows, programs = cayley_config(boft_R)
     q = torch.empty(boft_R.shape, dtype=torch.float32, device=boft_R.device)
     with torch.cuda.device_of(boft_R):
@@ -653,6 +744,10 @@ def cayley_bwd(
 ) -> torch.Tensor:  # (m, d / b, b, b)
     """The gradient of boft_R from that of its Cayley transform."""
     check_float32(grad=grad, blocks=blocks)
+    if blocks.shape[-1] > WIDEST:
+        p = (blocks + torch.eye(blocks.shape[-1], dtype=torch.float32, device=blocks.device)).mT
+        ds = p @ grad @ p
+        return 0.25 * (ds.mT - ds).contiguous()
     config, rows, programs = cayley_config(blocks)
     dR = torch.empty(blocks.shape, dtype=torch.float32, device=blocks.device)
     with torch.cuda.device_of(blocks):

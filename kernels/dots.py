@@ -98,3 +98,58 @@ def dot_up(h, b, acc, exact: tl.constexpr):
         acc = dot(h_low, b_high, acc)
         acc = dot(h_high, b_high, acc)
     return acc
+
+
+# The inner size of a true float32 product, whose operands lie in registers for all of it: 64 would not fit there.
+INNER = tl.constexpr(16)
+
+
+@triton.jit
+def dot_float32(a, b, acc):
+    """acc + a b for float32 operands, by halves of the inner size down to INNER."""
+    if a.shape[1] > INNER:
+        a_even, a_odd = tl.split(tl.reshape(a, (a.shape[0], a.shape[1] // 2, 2)))
+        b_even, b_odd = tl.split(tl.permute(tl.reshape(b, (b.shape[0] // 2, 2, b.shape[1])), (0, 2, 1)))
+        acc = dot_float32(a_even, b_even, acc)
+        acc = dot_float32(a_odd, b_odd, acc)
+    else:
+        acc = dot(a, b, acc)
+    return acc
+
+
+@triton.jit
+def dot_whole(a, b, acc):
+    """acc + a b for operands of any dtypes, without rounding: in float32 if one is."""
+    if a.dtype == tl.float32 or b.dtype == tl.float32:
+        acc = dot_float32(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        acc = dot(a, b, acc)
+    return acc
+
+
+@triton.jit
+def operand_parts(r, exact: tl.constexpr):
+    """r for `dot_parts`: as it is or, if not `exact`, in two bfloat16 parts."""
+    if exact:
+        high, low = r, r
+    else:
+        high, low, _ = bfloat16_parts(r)
+    return high, low
+
+
+@triton.jit
+def dot_parts(x, r_high, r_low, acc, exact: tl.constexpr):
+    """acc + x r, for a sum that is about to be rounded to 16-bit x's dtype if not `exact`: the 2⁻¹⁶ that two parts of r
+    leave is not seen. The smallest terms come first. 16-bit x goes in whole: 11 bits are 8 + 3.
+    """
+    if exact:
+        acc = dot_float32(x.to(tl.float32), r_high, acc)
+    else:
+        if x.dtype == tl.float16:
+            x_high, x_low, _ = bfloat16_parts(x)
+            acc = dot(x_low, r_high, acc)
+        else:
+            x_high = x
+        acc = dot(x_high, r_low, acc)
+        acc = dot(x_high, r_high, acc)
+    return acc

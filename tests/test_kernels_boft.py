@@ -33,7 +33,23 @@ SHAPES = [
     (33, 192, 8, 4),  # windows as wide as a tile
     (7, 48, 2, 4),
     (20, 96, 32, 1),
-    (3, 128, 64, 1),  # the largest blocks
+    (3, 128, 64, 1),  # the largest blocks in one program
+    # Sizes that are no powers of two: tiles that are not full.
+    (5, 66, 6, 1),
+    (9, 60, 10, 2),
+    (5, 21, 7, 1),  # odd, without halves
+    (6, 96, 12, 3),
+    # Windows that no program holds: several passes.
+    (4, 256, 8, 5),
+    (5, 384, 32, 3),
+    (9, 512, 2, 9),  # five factors and four
+    # Blocks that no program holds.
+    (3, 200, 100, 1),
+    (5, 264, 66, 2),
+    (6, 256, 128, 2),
+    # Rows enough to multiply a window out.
+    (384, 96, 24, 3),
+    (530, 128, 16, 4),
 ]
 
 
@@ -170,7 +186,7 @@ def test_no_tokens():
 
 
 @pytest.mark.parametrize("scale", [0.01, 1, 100])
-@pytest.mark.parametrize("block", [2, 3, 4, 6, 8, 11, 16, 24, 32, 50, 64])
+@pytest.mark.parametrize("block", [2, 3, 4, 6, 8, 11, 16, 24, 32, 33, 50, 63, 64, 72])
 def test_cayley(block, scale):
     # Far from zero its rows grow on the way. Seven blocks of up to 8 do not fill whole tiles.
     generator = torch.Generator().manual_seed(block)
@@ -218,25 +234,29 @@ def test_float64_names_the_argument(argument):
         kernel.butterfly_bwd(inputs["grad"], inputs["x"], inputs["blocks"], True, True)
 
 
-def test_what_fits():
-    assert kernel.butterfly_fits(4096, 8, 4) and kernel.butterfly_fits(4096, 64, 1) and kernel.butterfly_fits(66, 2, 1)
-    assert not kernel.butterfly_fits(4096, 8, 5)  # a window of 128
-    assert not kernel.butterfly_fits(4096, 128, 1)
-    assert not kernel.butterfly_fits(12, 3, 1)
-    assert not kernel.butterfly_fits(24, 8, 3)  # not whole windows
+@pytest.mark.parametrize("shape", [(1, 8, 3, 3), (1, 5, 4, 4), (2, 4, 3, 3), (2, 3, 4, 4)], ids=str)
+def test_blocks_that_do_not_fit(shape):
+    with pytest.raises(ValueError, match=r"^blocks must be \(m, d / b, b, b\).* for 12 features$"):
+        kernel.butterfly_fwd(torch.zeros(3, 12), torch.zeros(*shape))
 
 
-@pytest.mark.parametrize("shape", [(3, 12, 3, 1), (3, 128, 8, 5)])
-def test_what_does_not_fit_is_refused(shape):
-    tokens, features, block, factors = shape
-    x, blocks = torch.zeros(tokens, features), torch.zeros(factors, features // block, block, block)
-    with fastpeft.use_backend("triton"), pytest.raises(ValueError, match=r"^blocks must have a power of two"):
-        fastpeft.functional.butterfly(x, blocks)
+def test_passes():
+    assert kernel.passes_of(8, 4) == [(0, 4)]
+    assert kernel.passes_of(8, 5) == [(0, 2), (2, 3)]
+    assert kernel.passes_of(2, 12) == [(0, 6), (6, 6)]
+    assert kernel.passes_of(64, 3) == kernel.passes_of(100, 3) == [(0, 1), (1, 1), (2, 1)]
+    assert kernel.passes_of(12, 4) == [(0, 2), (2, 2)]
 
 
-def test_a_block_size_that_cayley_does_not_take():
-    with pytest.raises(ValueError, match=r"^the block size must lie in \[1, 64\], got 65"):
-        kernel.cayley_fwd(torch.zeros(1, 4, 65, 65))
+@pytest.mark.parametrize("block", [2, 3, 6, 10, 14, 22, 33, 64])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_tiles_hold_whole_spans(dtype, block):
+    for factors in range(1, 7):
+        span = block << (factors - 1)
+        if span <= kernel.WIDEST:
+            sizes = kernel.tile_sizes(span, dtype)
+            assert sizes["PART"] % span == 0 and sizes["SPAN"] % sizes["PART"] == 0
+            assert sizes["PART"] <= sizes["WINDOW"] and sizes["SPAN"] <= sizes["WIDTH"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -395,7 +415,13 @@ CASES = [
     (90, 4096, 4096, 8, 4, "fp32"),
     (90, 4096, 4096, 32, 1, "fp32"),
     (90, 65, 104, 4, 2, "bf16"),  # features that no tile divides
-    (90, 512, 4096, 2, 6, "bf16"),  # the most factors
+    (90, 512, 4096, 2, 6, "bf16"),  # the most factors of one pass
+    (90, 4096, 3840, 12, 2, "bf16"),  # 48 features of 64, that do not begin at whole words
+    (90, 16, 4032, 63, 1, "bf16"),  # the most registers of Cayley
+    (90, 16, 4096, 8, 5, "bf16"),  # two passes
+    (90, 4096, 4096, 8, 5, "bf16"),  # a window of 128 multiplied out
+    (90, 4096, 4096, 2, 8, "fp32"),  # features that lie far apart
+    (90, 512, 4096, 128, 1, "fp32"),
     # Ampere: mma.sync, operands in registers.
     (80, 1, 4096, 8, 4, "bf16"),
     (80, 4096, 4096, 8, 4, "bf16"),
@@ -403,6 +429,10 @@ CASES = [
     (80, 4096, 4096, 8, 4, "fp16"),
     (80, 4096, 4096, 64, 1, "bf16"),
     (80, 4096, 4096, 8, 4, "fp32"),
+    (80, 4096, 3840, 6, 1, "fp16"),
+    (80, 16, 3960, 33, 1, "bf16"),
+    (80, 4096, 4096, 32, 3, "bf16"),
+    (80, 4096, 4096, 2, 8, "bf16"),
     # Ada: the same with 99 KiB.
     (89, 4096, 4096, 8, 4, "fp16"),
     (89, 4096, 4096, 8, 4, "fp32"),
@@ -411,6 +441,8 @@ CASES = [
     (100, 4096, 4096, 8, 4, "bf16"),
     (100, 512, 18944, 8, 4, "fp16"),
     (100, 4096, 4096, 8, 4, "fp32"),
+    (100, 4096, 4096, 16, 4, "bf16"),
+    (100, 16, 4032, 63, 1, "bf16"),
 ]
 
 KERNELS = {
@@ -422,7 +454,8 @@ KERNELS = {
         "cayley_bwd_kernel",
         "scale_fwd_kernel",
         "scale_bwd_kernel",
-    ]
+    ],
+    "boft_wide": ["wide_fwd_kernel", "wide_bwd_kernel"],
 }
 
 
@@ -447,14 +480,13 @@ def compiled(tmp_path_factory):
 def test_compiles(case, compiled):
     capability, *_, dtype = case
     check_records(__file__, case, compiled[case])
-    cayley, forward, backward, *last = compiled[case]
-    for record in (cayley, *last):
-        assert record["tensor_cores"] == []  # float32, without rounding to tf32
     newest = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
-    for record in (forward, backward):
-        if dtype == "fp32":
-            assert record["tensor_cores"] == []
-        elif record["config"]["BLOCK_T"] == 64:  # as many rows as the newest take
+    for record in compiled[case]:
+        config = record["config"]
+        rotates = record["kernel"].startswith(("butterfly", "wide"))
+        if not rotates or config.get("EXACT", dtype == "fp32"):
+            assert record["tensor_cores"] == []  # float32, without rounding to tf32
+        elif config["BLOCK_T"] >= 64:  # as many rows as the newest take
             assert record["tensor_cores"] == [newest]
         else:
             assert "mma.sync" in record["tensor_cores"]
