@@ -42,6 +42,7 @@ class Adapter(nn.Module):
 
     config_class: ClassVar[type[AdapterConfig]]
     rotates: ClassVar[bool] = False
+    shares_parameters: ClassVar[bool] = False  # whether the adapters of several layers hold the same Parameters
     dropout_p: float = 0.0  # the share that is dropped while training
     # Parameter name -> the end of its key in PEFT's files.
     file_keys: ClassVar[Mapping[str, str]]

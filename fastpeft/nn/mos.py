@@ -90,6 +90,7 @@ class MoSAdapter(Adapter):
     """A layer's view of its kind's pools. The pools are the same Parameter objects in all layers of the kind."""
 
     config_class = MosConfig
+    shares_parameters = True
     index_A: Tensor
     index_B: Tensor
 
@@ -103,6 +104,7 @@ class MoSAdapter(Adapter):
         index_B: Tensor,
     ) -> None:
         super().__init__(config, site)
+        self._fully_sharded = False
         self.scaling = reference.lora.lora_scaling(config.r, config.lora_alpha, False)
         self.dropout_p = config.lora_dropout
         self.dropout = make_dropout(config.lora_dropout)
@@ -183,6 +185,22 @@ class MoSAdapter(Adapter):
                 if tensors[key].dtype not in (torch.int64, torch.int32):
                     raise ValueError(f"{source}: {key} must hold integers, got {tensors[key].dtype}")
                 check_index(f"{source}: {key}", tensors[key], adapter.pool_A.shape[0])
+
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        return self._fully_sharded
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, value: bool) -> None:
+        # fully_shard sets this on every module that it has taken. A pool that belongs to several layers would go on as
+        # several pools, one in each group, and nothing would say so; and its gradient would come too late for a group,
+        # from a tap that may be older than the group's forward.
+        if type(self.pool_A) is not nn.Parameter:
+            raise ValueError(
+                "MoS's pools, which layers share, cannot be sharded with one of them: give fully_shard "
+                "ignored_params=fastpeft.interop.distributed.keep_whole(model, mesh)"
+            )
+        self._fully_sharded = value
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         p = dropout_p(self.dropout) if self.dropout_p > 0 else 0.0
