@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastpeft import files
+from fastpeft import files, sharded
 from fastpeft.config import AdapterConfig, in_wanted_layer, matches
 from fastpeft.nn import METHODS, Adapted, Adapter
 from fastpeft.nn.linear import check_adapter_name, features_of, make_adapted, merge_target, site_of
@@ -105,6 +105,8 @@ def merge(model: nn.Module, keep_base: bool = True) -> None:
                 owners.setdefault(_memory(parameter), []).append(path)
     for path, layer in layers.items():
         with _naming(path):
+            if sharded.is_sharded(layer):
+                raise ValueError("its weight is spread over processes: save the adapter and merge it on one process")
             merge_target(layer)
         if len(sharing := owners[_memory(layer.weight)]) > 1:
             others = ", ".join(repr(other) for other in sharing if other != path)
@@ -161,6 +163,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     ``pools.<kind>.pool_A`` and ``.pool_B``, and each layer's shard numbers as ``layers.<path>.index_A`` and
     ``.index_B``. An interruption leaves the files that were there.
 
+    Where a model's weights are spread over processes, all of them have to call this, and the first one writes.
+
     Args:
         adapter_name: which one; may be left out where exactly one is active.
 
@@ -176,14 +180,17 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     if values["target_modules"] in ("all-linear", None):  # what that means is the model's affair: write what it meant
         values["target_modules"] = sorted(adapters)
     values["base_model_name_or_path"] = name_of(model)
-    files.write_folder(folder, values, method.pack(adapters))
+    sharded.reshard(model)
+    tensors = sharded.gather(model, method.pack(adapters))
+    if tensors is not None:
+        files.write_folder(folder, values, tensors)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
     """Reads an adapter that :func:`save_adapter` or PEFT wrote and makes it the active one.
 
     Where the model holds an adapter of that name with the same configuration already, its values are replaced and its
-    Parameter objects kept.
+    Parameter objects kept. Of a model over several processes only such an adapter can be read, by every process.
 
     Returns:
         The model itself.
@@ -227,9 +234,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
             f"{source}: {files.CONFIG} is not the one that {files.TENSORS} was saved with; saving was interrupted, or "
             "it was edited"
         )
-    with torch.no_grad():
-        for key, tensor in method.pack(by_path).items():
-            tensor.copy_(tensors[key])
+    sharded.reshard(model)
+    for key, tensor in method.pack(by_path).items():
+        sharded.assign(tensor, tensors[key])
     _attach(model, layers, adapters, adapter_name)
     return model
 
@@ -312,6 +319,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
             reason = "nn.MultiheadAttention reads its weight without calling it"
         elif "forward" in module.__dict__:
             reason = "its forward was replaced on the instance, as offloading hooks do, and would pass the adapter by"
+        elif sharded.is_sharded(module):
+            reason = "its weight is spread over processes: add adapters first, then spread the model"
         if reason is not None:
             raise ValueError(f"target_modules={wanted!r} matches layer {path!r}, which cannot be adapted: {reason}")
         seen.add(id(module))
