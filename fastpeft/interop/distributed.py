@@ -29,7 +29,7 @@ from fastpeft.ops.base import check_input
 
 
 def keep_whole(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
-    """The adapter parameters that ``fully_shard`` has to leave alone, since several layers share them: MoS's pools.
+    """The adapter parameters that ``fully_shard`` has to leave alone, since layers share them: MoS's pools.
 
     ``fully_shard`` gives every parameter to one group of layers, and a pool belongs to many. The pools stay whole on
     every process instead: they are set to the values of the mesh's first process, and from now on their gradients are
@@ -46,23 +46,20 @@ def keep_whole(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
         mesh: the mesh that is given to ``fully_shard``; of one dimension, or two for hybrid sharding.
 
     Returns:
-        The parameters, for ``ignored_params``. Empty where nothing is shared, as with all methods but MoS.
+        The parameters, for ``ignored_params``. Empty for all methods but MoS.
     """
     check_model(model)
-    holders: dict[nn.Parameter, int] = {}
-    for layer in adapted_layers(model).values():
-        for parameter in layer.adapters.parameters():
-            holders[parameter] = holders.get(parameter, 0) + 1
-    whole = {parameter for parameter, layers in holders.items() if layers > 1}
-    # Dictionaries keep their order: a set's differs from process to process, and all have to communicate in the same.
-    for parameter in holders:
-        if parameter in whole:
-            if parameter.device.type != mesh.device_type:  # as fully_shard does with what it takes
-                parameter.data = parameter.data.to(mesh.device_type)
-            for dim in range(mesh.ndim):
-                dist.broadcast(parameter.data, group=mesh.get_group(dim), group_src=0)
-            parameter.register_hook(lambda gradient: _mean(gradient, mesh))
-    return whole
+    adapters = [adapter for layer in adapted_layers(model).values() for adapter in layer.adapters.values()]
+    sharing = [parameter for adapter in adapters if adapter.shares_parameters for parameter in adapter.parameters()]
+    # A dictionary keeps its order; a set's differs from process to process, and all have to communicate in the same.
+    whole = dict.fromkeys(sharing)
+    for parameter in whole:
+        if parameter.device.type != mesh.device_type:  # as fully_shard does with what it takes
+            parameter.data = parameter.data.to(mesh.device_type)
+        for dim in range(mesh.ndim):
+            dist.broadcast(parameter.data, group=mesh.get_group(dim), group_src=0)
+        parameter.register_hook(lambda gradient: _mean(gradient, mesh))
+    return set(whole)
 
 
 def _mean(gradient: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -79,10 +76,10 @@ class _Style:
     """What the two styles have in common; comes before PyTorch's style, which knows about layers with no adapter."""
 
     by_rows: ClassVar[bool]
-    input_layouts: tuple[Placement, ...]
-    output_layouts: tuple[Placement, ...]
-    use_local_output: bool
-    src_data_rank: int | None
+    input_layouts: Any
+    output_layouts: Any
+    use_local_output: Any
+    src_data_rank: Any
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, Adapted):
@@ -94,7 +91,7 @@ class _Style:
         if self.src_data_rank is not None:
             for parameter in module.adapters.parameters():
                 dist.broadcast(parameter.data, group=device_mesh.get_group(), group_src=self.src_data_rank)
-        module.__class__ = split_class(type(module))
+        module.__class__ = split_class(type(module))  # type: ignore[assignment, arg-type]
         module._style = self  # type: ignore[assignment]
         return module
 
@@ -230,7 +227,7 @@ def layer_adapter(layer: Any, mesh: DeviceMesh) -> Adapter:
         return adapter
     view = object.__new__(type(adapter))
     view.__dict__.update(adapter.__dict__)
-    view.__dict__["_parameters"] = summed(adapter._parameters, mesh)
+    view.__dict__["_parameters"] = summed(adapter, mesh)
     return view
 
 
@@ -254,15 +251,15 @@ class SumFunction(torch.autograd.Function):
 _SUMMED: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
 
 
-def summed(parameters: dict[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """By name, parameters whose gradients are the sums over all processes of a mesh."""
+def summed(adapter: Adapter, mesh: DeviceMesh) -> dict[str, Any]:
+    """An adapter's parameters by name, with gradients that are the sums over all processes of a mesh."""
+    parameters: dict[str, Any] = dict(adapter._parameters)
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    if torch.compiler.is_compiling():
+    # Not for others: a node made in an earlier forward runs late, when fully_shard has looked for the gradient already.
+    keep = adapter.shares_parameters and not torch.compiler.is_compiling()
+    keys = [(id(parameter), parameter.data_ptr(), parameter.dtype, id(mesh)) for parameter in trained.values() if keep]
+    views = [view for key in keys if (view := _SUMMED.get(key)) is not None]
+    if len(views) < len(trained):
         views = SumFunction.apply(mesh, *trained.values())
-        return {**parameters, **dict(zip(trained, views, strict=True))}
-    keys = [(id(parameter), parameter.data_ptr(), parameter.dtype, id(mesh)) for parameter in trained.values()]
-    live = [_SUMMED.get(key) for key in keys]
-    if any(view is None for view in live):
-        live = list(SumFunction.apply(mesh, *trained.values()))
-        _SUMMED.update(zip(keys, live, strict=True))
-    return {**parameters, **dict(zip(trained, live, strict=True))}
+        _SUMMED.update(zip(keys, views, strict=False))
+    return {**parameters, **dict(zip(trained, views, strict=True))}
