@@ -11,6 +11,7 @@ from helpers import (
     IN,
     LORA,
     MOS,
+    OUT,
     WITH_DROPOUT,
     Method,
     adapted,
@@ -135,3 +136,19 @@ def test_multiplicative_dropout(factors: int, p: float, count: int):
     if count:
         assert {factor for factor, _ in drawn} == set(range(factors))
         assert {block for _, dropped in drawn for block in dropped} == set(range(6))
+
+
+@pytest.mark.parametrize("method", [LORA, MOS], ids=str)
+def test_several_adapters_drop_each_their_own(method: Method):
+    """A layer without bias is linear in x whatever is dropped, so that ⟨g, y⟩ = ⟨dx, x⟩."""
+    layer = adapted(method, make_linear(bias=False), lora_dropout=0.5)
+    layer = adapted(method, layer, "second", lora_dropout=0.5).train().double()
+    layer.active = ("default", "second")
+    x, grad = randn(9, IN, dtype=torch.float64).requires_grad_(), randn(9, OUT, seed=2, dtype=torch.float64)
+    for precision in (torch.float64, torch.float32):  # the composition, and the kernels
+        inputs = x.detach().to(precision).requires_grad_()
+        y = layer.to(precision)(inputs)
+        y.backward(grad.to(precision))
+        share = 1e-10 if precision == torch.float64 else 1e-4
+        assert abs((grad * y).sum() - (inputs.grad * inputs).sum()) < share * (grad * y).abs().sum()
+        assert all(p.grad is not None for p in layer.adapters.parameters())

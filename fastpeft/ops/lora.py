@@ -210,7 +210,7 @@ class LoRAFunction(torch.autograd.Function):
             dx, dA, dB = _gradients(ctx, grad, source, weight, lora_A, lora_B, seed, h, need_x)
             ddropped = None
         else:
-            dx = base.base_gradient(grad, weight) if need_x else None
+            dx = base.base_gradient(grad, weight) if need_x and weight is not None else None
             ddropped, dA, dB = _gradients(ctx, grad, source, None, lora_A, lora_B, seed, h, need_dropped)
         return (
             dx if need_x else None, None, None, dA if need_A else None, dB if need_B else None, None, None,

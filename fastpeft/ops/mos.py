@@ -198,7 +198,8 @@ class MoSFunction(torch.autograd.Function):
         source, h = None if dpool_A is None else source, None if dpool_B is None else h
         dx = None
         if ctx.drops:
-            dx, weight = base.base_gradient(grad, weight) if need_x else None, None
+            dx = base.base_gradient(grad, weight) if need_x and weight is not None else None
+            weight = None
         need_source = need_dropped if ctx.drops else need_x
         dsource = _gradients(
             ctx, dpool_A, dpool_B, grad, source, weight, pool_A, index_A, pool_B, index_B, h, need_source
