@@ -1,7 +1,7 @@
 """PEFT's models computed by our operators: the oracle is the very same model before it was accelerated.
 
-Tolerances: the exact value is PEFT's model in float64 with the same numbers in it. In float32 an accelerated model may
-err at most twice as much as PEFT's own, plus one rounding of the tensor's largest value.
+Tolerances: the exact value is PEFT's model in float64 with the same numbers in it, and an accelerated model may err at
+most twice as much as PEFT's own in the same dtype (``helpers.Errors``).
 """
 
 import copy
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import Allocations
+from helpers import Allocations, Errors
 from torch import nn
 from torch.nn import functional as F
 
@@ -117,10 +117,10 @@ PATHS = [f"base_model.model.blocks.{i}.{name}" for i in range(2) for name in ("i
 CASES = {
     "lora": lambda **o: peft.LoraConfig(r=4, lora_alpha=6, **o),
     "lora-options": lambda **o: peft.LoraConfig(
-        r=4, lora_dropout=0.3, use_rslora=True, rank_pattern={"up": 3}, alpha_pattern={"down": 5}, bias="all",
-        modules_to_save=["head"], **o,
+        r=4, lora_alpha=2, lora_dropout=0.3, use_rslora=True, rank_pattern={"up": 3}, alpha_pattern={"down": 3},
+        bias="all", modules_to_save=["head"], **o,
     ),
-    "lora-only": lambda **o: peft.LoraConfig(r=2, bias="lora_only", **o),
+    "lora-only": lambda **o: peft.LoraConfig(r=2, lora_alpha=2, bias="lora_only", **o),
     "dora": lambda **o: peft.LoraConfig(r=4, use_dora=True, **o),
     "dora-options": lambda **o: peft.LoraConfig(r=4, use_dora=True, lora_dropout=0.3, bias="all", **o),
     "boft": lambda **o: peft.BOFTConfig(boft_block_size=4, **o),
@@ -129,7 +129,7 @@ CASES = {
     ),
     "fourierft": lambda **o: peft.FourierFTConfig(n_frequency=40, scaling=15.0, **o),
     "fourierft-options": lambda **o: peft.FourierFTConfig(
-        n_frequency=40, n_frequency_pattern={"up": 9}, random_loc_seed=3, bias="all", **o
+        n_frequency=40, n_frequency_pattern={"up": 9}, scaling=10.0, random_loc_seed=3, bias="all", **o
     ),
     "oft": lambda **o: peft.OFTConfig(oft_block_size=4, **o),
     "oft-options": lambda **o: peft.OFTConfig(
@@ -223,22 +223,15 @@ def results(model, x, seed=7, **kwargs):
 
 
 def assert_close(*draws):
-    """Each draw is what was found, what PEFT gives, and what is exact, by name.
-
-    Of all tensors of one kind, in all draws, the largest error counts: that of a single small one is a matter of luck.
-    """
-    errors = {}
+    """Each draw is what was found, what PEFT gives, and what is exact, by name; tensors of one kind are averaged."""
+    errors = Errors()
     for found, composed, exact in draws:
         assert found.keys() == composed.keys() == exact.keys()
         for name, right in exact.items():
             assert found[name].dtype == composed[name].dtype, name
             kind = ".".join(part for part in name.split(".")[-3:] if not part.isdigit())
-            size = right.norm().clamp(min=1e-30)
-            pair = [float((side[name].double() - right).norm() / size) for side in (found, composed)]
-            errors[kind] = [max(old, new) for old, new in zip(errors.get(kind, (0, 0)), pair, strict=True)]
-    unit = torch.finfo(draws[0][0]["y"].dtype).eps
-    for kind, (ours, theirs) in errors.items():
-        assert ours <= 2 * theirs + unit, f"{kind}: {ours:.3g}, PEFT {theirs:.3g}"
+            errors.add(kind, found[name], right, (composed[name], right))
+    errors.check()
 
 
 def agree(ours, theirs, *shape, dtype=torch.float32, **kwargs):
@@ -314,7 +307,7 @@ def test_training_gives_the_same_parameters(case):
     exact = copy.deepcopy(theirs).double()
     trained = []
     for model, x in ((ours, inputs()), (theirs, inputs()), (exact, inputs().double())):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
         model.train()
         torch.manual_seed(3)
         with wide_fourier(), same_dropout():
@@ -323,6 +316,7 @@ def test_training_gives_the_same_parameters(case):
                 model(x).square().mean().backward()
                 optimizer.step()
         trained.append({"y": model.eval()(x).detach(), **{n: p.detach() for n, p in model.named_parameters()}})
+    assert all(torch.isfinite(model["y"]).all() for model in trained)
     assert_close(tuple(trained))
     assert not torch.equal(trained[0]["y"], pair(case)[0].eval()(inputs()))
 
