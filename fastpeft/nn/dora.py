@@ -134,4 +134,4 @@ def _place(tensor: Tensor) -> tuple[Any, ...] | None:
     if tensor.is_inference():  # changes of tensors made in inference mode are not counted
         return None
     storage = tensor.untyped_storage()._cdata
-    return storage, tensor._version, tensor.data_ptr(), tensor.dtype, tensor.stride()
+    return storage, tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
