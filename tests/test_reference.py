@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from fastpeft import reference
+from fastpeft import functional, reference
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -321,3 +321,13 @@ def test_fourier_through_transforms_of_the_activations(d_out, d_in, n):
         expected = alpha / (d_out * d_in) * (G[:, rows] * X[:, cols]).real.sum(0)
         scale = alpha / (d_out * d_in) * float((g.abs().sum(1) * x.abs().sum(1)).sum())
         assert_rounding_only(dc, expected, terms, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cayley_of_a_batch_of_large_matrices(dtype):
+    """Which PyTorch's own batched solve gets wrong on several threads."""
+    skew = torch.randn(3, 160, 160, generator=torch.Generator().manual_seed(0)).to(dtype) / 10
+    skew = skew - skew.mT
+    for q in (reference.boft.cayley(skew), functional.cayley(skew)):
+        error = q @ q.mT - torch.eye(160, dtype=dtype)
+        assert error.abs().max() < 160 * torch.finfo(dtype).eps

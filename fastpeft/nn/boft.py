@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastpeft.config import AdapterConfig, require_bool, require_int, require_probability
-from fastpeft.nn.adapter import Adapter, Site, parameter_of, same_numbers
+from fastpeft.nn.adapter import Adapter, Site, parameter_of
+from fastpeft.nn.cached import Cached
 from fastpeft.nn.linear import AdaptedLinear
 from fastpeft.ops.boft import (
     apply_boft,
@@ -80,7 +81,7 @@ class BOFTAdapter(Adapter):
         if not config.init_weights:
             nn.init.normal_(self.boft_R, std=0.1)
             nn.init.normal_(self.boft_s, mean=1.0, std=0.1)
-        self._cached: tuple[Tensor, Tensor] | None = None  # boft_R as it was, and its blocks
+        self._cached = Cached()  # on a GPU a look at the numbers would make the host wait
 
     @classmethod
     def reconcile(cls, config: BOFTConfig, tensors: Mapping[str, Tensor]) -> BOFTConfig:
@@ -101,13 +102,7 @@ class BOFTAdapter(Adapter):
             return self._drop(boft_blocks(self.boft_R))
         if self._is_trained() or self.boft_R.device.type != "cpu" or torch.compiler.is_compiling():
             return boft_blocks(self.boft_R)
-        # Comparing the numbers themselves is far cheaper than the Cayley transform and cannot miss a change, however it
-        # was made: in place, through .data, by loading or by moving. On a GPU it would make the host wait.
-        R = self.boft_R.detach()
-        if self._cached is None or not same_numbers(self._cached[0], R):
-            with torch.inference_mode(False), torch.no_grad():  # kept beyond this call, whatever mode it is in
-                self._cached = (R.clone(), boft_blocks(R))
-        return self._cached[1]
+        return self._cached.get(self.boft_R, boft_blocks)
 
     def _is_trained(self) -> bool:
         return torch.is_grad_enabled() and self.boft_R.requires_grad
@@ -156,9 +151,6 @@ class BOFTAdapter(Adapter):
     def rotate_weight(self, weight: Tensor) -> Tensor:
         # x R Wᵀ = x (W Rᵀ)ᵀ: the rows of W go through the transposed product.
         return butterfly_transposed(weight, boft_blocks(self.boft_R)) * self.boft_s
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
 
     def extra_repr(self) -> str:
         factors, n_blocks, block_size, _ = self.boft_R.shape

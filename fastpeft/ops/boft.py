@@ -105,7 +105,7 @@ class CayleyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, skew):
         identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-        q, _ = torch.linalg.solve_ex(identity + skew, identity - skew, left=False)
+        q = reference.boft.divided(identity - skew, identity + skew)
         ctx.save_for_backward(q)
         return q
 

@@ -72,11 +72,7 @@ def oft_blocks(
             return neumann(upper - upper.mT, neumann_terms)
         if block_size <= 64:  # what CUDA's kernel takes, and beyond it LAPACK is faster than the CPU's
             return boft_blocks(2 * upper[None])[0]  # of ½ (R − Rᵀ)
-        skew = upper - upper.mT
-        if skew.is_cpu and block_size > 128:
-            # One by one: for a batch of such sizes torch.linalg.solve fails on several threads (2.13, from 160 on).
-            return torch.stack([cayley(one) for one in skew])
-        return cayley(skew)
+        return cayley(upper - upper.mT)
 
 
 def rotate(

@@ -12,7 +12,16 @@ def cayley(
 ) -> Tensor:  # (..., b, b)
     """Q = (I − S)(I + S)⁻¹, orthogonal where S = −Sᵀ (section 4, Cayley parametrization)."""
     identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    return torch.linalg.solve(identity + skew, identity - skew, left=False)
+    return divided(identity - skew, identity + skew)
+
+
+def divided(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator · denominator⁻¹ for batches of square matrices."""
+    if denominator.is_cpu and denominator.dim() > 2 and denominator.shape[-1] > 128:
+        # One by one: for batches of such sizes torch.linalg.solve fails on several threads (2.13, MKL, from 160 on).
+        pairs = zip(numerator.flatten(0, -3), denominator.flatten(0, -3), strict=True)
+        return torch.stack([divided(*pair) for pair in pairs]).reshape(numerator.shape)
+    return torch.linalg.solve_ex(denominator, numerator, left=False)[0]  # on a GPU nothing waits for a check
 
 
 def butterfly_permutation(features: int, block_size: int, factor: int) -> Tensor:  # (features,)
