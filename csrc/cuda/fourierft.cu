@@ -1,12 +1,6 @@
 // The operators fastpeft::fourier_fwd and fourier_bwd on CUDA tensors. Schemas and fakes: fastpeft/ops/fourierft.py;
 // maths: fourierft.cuh.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <array>
@@ -17,14 +11,12 @@
 #include <vector>
 
 #include "cuda/fourierft.cuh"
+#include "cuda/tensor.h"
 
 namespace fastpeft::fourier {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t kDefaultSharedBytes = 48 << 10;  // a kernel has to ask for more than this
+constexpr const char* kName = "fourier";
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tables on the device, built on first use and kept.
@@ -89,22 +81,6 @@ Transform transform_of(int64_t length, int device, cudaStream_t stream) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Launches.
 
-struct Device {
-  int index;
-  cudaStream_t stream;
-
-  explicit Device(int index) : index(index) {
-    void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
-    stream = static_cast<cudaStream_t>(current);
-  }
-  int attribute(cudaDeviceAttr which) const {
-    int value = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
-    return value;
-  }
-};
-
 using Kernel = void (*)(Arguments);
 
 template <typename T>
@@ -123,28 +99,25 @@ Kernel kernel_for(ScalarType type, Kind kind) {
 // A kernel and its launch, with everything that does not depend on tensors in its arguments. n is the number of
 // coefficients whose gradient is wanted.
 struct Launch {
-  Device device;
+  int device;
+  cudaStream_t stream;
   Plan plan;
   Kernel kernel;
   Arguments args{};
   std::optional<Tensor> scratch, kept, partials;
 
   Launch(const Tensor& like, int64_t tokens, int64_t source_length, int64_t target_length, int64_t n, double scale)
-      : device(like.get_device_index()) {
-    const int64_t max_shared_bytes = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    plan = plan_fourier(tokens, source_length, target_length, n, max_shared_bytes,
-                        device.attribute(cudaDevAttrMultiProcessorCount));
+      : device(like.get_device_index()), stream(current_stream(device)) {
+    plan = plan_fourier(tokens, source_length, target_length, n,
+                        device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                        device_attribute(cudaDevAttrMultiProcessorCount, device));
     STD_TORCH_CHECK(plan.error == nullptr, "fourier: ", tokens, " tokens from ", source_length, " to ", target_length,
                     " features: ", plan.error);
     kernel = kernel_for(like.scalar_type(), plan.kind);
-    if (plan.shared_bytes > kDefaultSharedBytes) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(plan.shared_bytes)));
-    }
     args.tokens = tokens;
     args.scale = static_cast<float>(scale);
-    args.transform[0] = transform_of(source_length, device.index, device.stream);
-    args.transform[1] = transform_of(target_length, device.index, device.stream);
+    args.transform[0] = transform_of(source_length, device, stream);
+    args.transform[1] = transform_of(target_length, device, stream);
     args.groups = static_cast<unsigned>(plan.groups);
     args.n = static_cast<int>(n);
     args.room = plan.room;
@@ -162,19 +135,16 @@ struct Launch {
   }
 
   void run() const {
-    kernel<<<static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.threads),
-             static_cast<size_t>(plan.shared_bytes), device.stream>>>(args);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    const struct {
+      unsigned grid, block;
+      int64_t shared_bytes;
+    } shape{static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.threads), plan.shared_bytes};
+    launch_kernel(kernel, shape, stream, args);
   }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What the operators ask of their tensors.
-
-void check_device(const Tensor& tensor, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), "fourier: ", name,
-                  " must be on GPU ", like.get_device_index());
-}
 
 Tensor reshaped(const Tensor& tensor, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
   AtenTensorHandle view;
@@ -183,27 +153,11 @@ Tensor reshaped(const Tensor& tensor, const std::vector<int64_t>& sizes, const s
   return Tensor(view);
 }
 
-// (..., features) as rows with their elements side by side: a view where one stride leads from token to token, else a
-// copy.
+// (..., features) as rows of elements that kernels take.
 Tensor rows_of(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.is_cuda(), "fourier: ", name, " must be on a GPU");
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "fourier: ", name, " must be float32, bfloat16 or float16, got ", type);
-  const int64_t dims = x.dim();
-  STD_TORCH_CHECK(dims > 0, "fourier: ", name, " must have shape (..., features), got a scalar");
-  const int64_t features = x.size(dims - 1);
-  int64_t tokens = 1;
-  std::optional<int64_t> stride;
-  bool regular = features <= 1 || x.stride(dims - 1) == 1;
-  for (int64_t i = dims - 2; i >= 0; --i) {
-    if (x.size(i) == 1) continue;
-    if (!stride) stride = x.stride(i);
-    regular &= x.stride(i) == *stride * tokens;
-    tokens *= x.size(i);
-  }
-  if (regular) return reshaped(x, {tokens, features}, {stride.value_or(features), 1});
-  return reshaped(torch::stable::contiguous(x), {tokens, features}, {features, 1});
+  const Tensor rows = as_rows(x, kName, name);
+  element_of(rows, kName, name);
+  return rows;
 }
 
 // Contiguous (tokens, features) with the leading sizes of x.
@@ -220,7 +174,7 @@ Tensor like_rows(const Tensor& y, const Tensor& x) {
 
 // An index table. That its numbers lie within bounds is its maker's to check: to look would be to wait for the GPU.
 const int* checked_table(const Tensor& table, const char* name, int64_t size, const Tensor& like) {
-  check_device(table, name, like);
+  check_device(table, kName, name, like, "spectrum");
   STD_TORCH_CHECK(table.dim() == 1 && table.scalar_type() == ScalarType::Int && table.is_contiguous(),
                   "fourier: ", name, " must be a contiguous int32 vector");
   STD_TORCH_CHECK(table.size(0) == size, "fourier: ", name, " must have ", size, " entries, got ", table.size(0));
@@ -228,7 +182,7 @@ const int* checked_table(const Tensor& table, const char* name, int64_t size, co
 }
 
 void check_mix(const Tensor& spectrum, const Tensor& offsets, const Tensor& like) {
-  check_device(spectrum, "spectrum", like);
+  check_device(spectrum, kName, "spectrum", like, "x");
   STD_TORCH_CHECK(spectrum.dim() == 1 && spectrum.scalar_type() == ScalarType::Float && spectrum.size(0) < 1 << 30,
                   "fourier: spectrum must be a float32 vector of less than 2^30 numbers");
   STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, "fourier: offsets must have an entry more than bins");
@@ -236,7 +190,7 @@ void check_mix(const Tensor& spectrum, const Tensor& offsets, const Tensor& like
 
 void check_weight(const std::optional<Tensor>& weight, const Tensor& x, int64_t out_features, int64_t in_features) {
   if (!weight) return;
-  check_device(*weight, "weight", x);
+  check_device(*weight, kName, "weight", x, "x");
   STD_TORCH_CHECK(weight->dim() == 2 && weight->size(0) == out_features && weight->size(1) == in_features &&
                       weight->scalar_type() == x.scalar_type(),
                   "fourier: weight must have shape (", out_features, ", ", in_features, ") and the dtype of x");
@@ -272,7 +226,7 @@ Tensor fourier_fwd(const Tensor& x_any, const std::optional<Tensor>& weight, con
   if (weight) {
     const Tensor by = reshaped(*weight, {in_features, out_features}, {weight->stride(1), weight->stride(0)});
     if (bias) {
-      check_device(*bias, "bias", x);
+      check_device(*bias, kName, "bias", x, "x");
       STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features && bias->scalar_type() == x.scalar_type(),
                       "fourier: bias must be a vector of ", out_features, " entries in the dtype of x");
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), bias->get(), x.get(), by.get(), 1.0, 1.0));
@@ -307,7 +261,7 @@ std::tuple<Tensor, Tensor> fourier_bwd(const Tensor& grad_any, const std::option
   std::optional<Tensor> x;
   if (x_any) {
     x = rows_of(*x_any, "x");
-    check_device(*x, "x", grad);
+    check_device(*x, kName, "x", grad, "grad");
     STD_TORCH_CHECK(x->size(0) == tokens && x->size(1) == in_features && x->scalar_type() == grad.scalar_type(),
                     "fourier: x must have shape (..., ", in_features, "), and the tokens and the dtype of grad");
   }
@@ -341,8 +295,8 @@ std::tuple<Tensor, Tensor> fourier_bwd(const Tensor& grad_any, const std::option
   args.cols = checked_table(cols, "cols", n, grad);
   launch.run();
   sum_partials_kernel<<<static_cast<unsigned>((n + kSumLanes - 1) / kSumLanes), dim3(kSumLanes, kSumSlices),
-                        kSumSharedBytes, launch.device.stream>>>(
-      args.partials, static_cast<float*>(sums.mutable_data_ptr()), launch.plan.groups, args.n, args.scale);
+                        kSumSharedBytes, launch.stream>>>(args.partials, static_cast<float*>(sums.mutable_data_ptr()),
+                                                          launch.plan.groups, args.n, args.scale);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return result;
 }

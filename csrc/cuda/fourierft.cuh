@@ -23,24 +23,15 @@
 // for a CPU.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/element.cuh"
 #include "cuda/fourierft_passes.cuh"
 
 namespace fastpeft::fourier {
 
 constexpr int kShortSum = 16;  // samples that are summed one after the other
-
-__device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
-__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ void round_into(float* to, float value) { *to = value; }
-__device__ __forceinline__ void round_into(__half* to, float value) { *to = __float2half_rn(value); }
-__device__ __forceinline__ void round_into(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
 
 // Rows of elements side by side, of the type that a kernel is for.
 struct Rows {
@@ -91,7 +82,7 @@ struct Signal {
       : one(static_cast<const T*>(rows.data) + token * rows.stride),
         other(token + 1 < tokens ? one + rows.stride : nullptr) {}
   __device__ __forceinline__ float2 operator[](int i) const {
-    return make_float2(widen(__ldg(one + i)), other ? widen(__ldg(other + i)) : 0.0f);
+    return make_float2(to_float(__ldg(one + i)), other ? to_float(__ldg(other + i)) : 0.0f);
   }
 };
 
@@ -114,19 +105,19 @@ struct Result {
   };
   __device__ __forceinline__ Raw read(int i) const {
     Raw raw;
-    round_into(&raw.one, 0.0f), round_into(&raw.other, 0.0f);
+    raw.one = raw.other = round_to<T>(0.0f);
     if (base) raw.one = base[i];
     if (base && pair) raw.other = base[base_stride + i];
     return raw;
   }
   __device__ __forceinline__ void add(int i, const Raw& raw, float2 value) const {
-    write(i, plus(make_float2(widen(raw.one), widen(raw.other)), value));
+    write(i, plus(make_float2(to_float(raw.one), to_float(raw.other)), value));
   }
 
  private:
   __device__ __forceinline__ void write(int i, float2 value) const {
-    round_into(y + i, value.x);
-    if (pair) round_into(y + y_stride + i, value.y);
+    y[i] = round_to<T>(value.x);
+    if (pair) y[y_stride + i] = round_to<T>(value.y);
   }
 };
 
