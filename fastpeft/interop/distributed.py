@@ -10,6 +10,7 @@ Nothing here knows a method: what differs between them is declared in ``fastpeft
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -67,6 +68,27 @@ def _mean(gradient: Tensor, mesh: DeviceMesh) -> Tensor:
     for dim in range(mesh.ndim):
         dist.all_reduce(gradient, group=mesh.get_group(dim))
     return gradient
+
+
+# Checkpoints
+
+
+def once(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's state dict with every tensor under the first of its names alone.
+
+    PyTorch's distributed checkpoints would write a pool of MoS once for every layer. Load what was saved of this with
+    ``StateDictOptions(strict=False)``, which lets names be missing.
+    """
+    seen: set[tuple] = set()
+    kept: dict[str, Any] = {}
+    for name, value in state.items():
+        if type(value) in (Tensor, nn.Parameter) and value.numel():
+            place = value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
+            if place in seen:
+                continue
+            seen.add(place)
+        kept[name] = value
+    return kept
 
 
 # Tensor parallelism
