@@ -91,6 +91,21 @@ def where_it_fits(backend: str, x: Tensor, fits: Callable[[int], bool]) -> str:
     return backend if fits(_shared_memory(x.device)) else "torch"
 
 
+def where_it_pays(backend: str, x: Tensor, pays: Callable[[], bool]) -> str:
+    """Triton in place of a CUDA C++ kernel on shapes where it costs less, unless a backend was asked for by name.
+
+    In a graph that is being compiled sizes may be unknown: there it stays with what was chosen.
+
+    Args:
+        backend: what was chosen.
+        x: where it would run.
+        pays: whether Triton costs less.
+    """
+    if backend != "native" or not x.is_cuda or _forced is not None or torch.compiler.is_compiling():
+        return backend
+    return "triton" if triton_available() and pays() else backend
+
+
 @cache
 def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
@@ -201,7 +216,7 @@ class Operator:
             raise ValueError(f"x must be on the adapter's device, {adapter.device}, got {x.device}")
         if _forced is None:
             chosen = self._best(x)
-            return "torch" if chosen == "native" and adapter.dtype == torch.float64 else chosen
+            return "torch" if chosen in _UNAVAILABLE and adapter.dtype == torch.float64 else chosen
         if _forced not in (*self.order, "reference"):
             raise RuntimeError(f"backend {_forced!r} was asked for, but {self.name} has only {', '.join(self.order)}")
         if _forced in _UNAVAILABLE and (reason := _UNAVAILABLE[_forced](self, x)) is not None:

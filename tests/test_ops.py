@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import fastpeft
-from fastpeft import functional, reference
+from fastpeft import backend, functional, reference
 from fastpeft.backend import OPERATORS
+from fastpeft.ops import boft, fourierft
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -406,3 +407,47 @@ def test_a_shape_that_does_not_fit_goes_to_the_composition(monkeypatch):
         assert fastpeft.backend.where_it_fits("native", torch.empty(1), fits) == "native"
         with fastpeft.use_backend("native"):
             assert fastpeft.backend.where_it_fits("native", x, fits) == "native"
+
+
+class OnAGpu:
+    is_cuda = True
+
+
+def test_triton_only_where_it_pays(monkeypatch):
+    pays, never = (lambda: True), (lambda: False)
+    gpu, cpu = OnAGpu(), torch.empty(1)
+    monkeypatch.setattr(backend, "triton_available", lambda: True)
+    assert backend.where_it_pays("native", gpu, pays) == "triton"
+    assert backend.where_it_pays("native", gpu, never) == "native"
+    assert backend.where_it_pays("torch", gpu, pays) == "torch"
+    assert backend.where_it_pays("native", cpu, pays) == "native"
+    with fastpeft.use_backend("native"):
+        assert backend.where_it_pays("native", gpu, pays) == "native"
+    monkeypatch.setattr(backend, "triton_available", lambda: False)
+    assert backend.where_it_pays("native", gpu, pays) == "native"
+
+
+@pytest.mark.parametrize("block, factors, tokens, dtype, pays", [
+    (8, 4, 4096, torch.bfloat16, True),
+    (8, 4, 16, torch.bfloat16, False),  # decoding: nothing but launches counts
+    (8, 4, 4096, torch.float32, False),  # no tensor cores
+    (4, 2, 4096, torch.bfloat16, False),  # little to multiply
+    (16, 4, 4096, torch.float16, False),  # a window of 128
+])  # fmt: skip
+def test_where_triton_pays_for_boft(block: int, factors: int, tokens: int, dtype: torch.dtype, pays: bool):
+    x = torch.empty(tokens, 4096, dtype=dtype, device="meta")
+    assert boft._triton_pays(x, torch.empty(factors, 4096 // block, block, block, device="meta")) is pays
+
+
+@pytest.mark.parametrize("features, tokens, backward, pays", [
+    (2048, 4096, False, True),
+    (2048, 4096, True, True),
+    (4096, 4096, False, True),
+    (4096, 4096, True, False),
+    (8192, 4096, False, False),
+    (2048, 8, False, False),
+])  # fmt: skip
+def test_where_triton_pays_for_fourierft(features: int, tokens: int, backward: bool, pays: bool):
+    pytest.importorskip("triton")
+    x = torch.empty(tokens, features, dtype=torch.bfloat16, device="meta")
+    assert fourierft._triton_pays(x, (features, features), 1000, backward) is pays

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft import reference
-from fastpeft.backend import Operator, triton_available, where_it_fits
+from fastpeft.backend import Operator, triton_available, where_it_fits, where_it_pays
 from fastpeft.ops import base
 
-# On a GPU CUDA C++ comes first by counting, not measured: x is read and y written once, where the composition passes
-# over them for every factor. Triton, which takes x as rows, stands behind the composition until it has met a GPU.
+# On a GPU the order is by counting, not measured (bench/floors.py): CUDA C++ and Triton read x and write y once, where
+# the composition passes over them for every factor. Which of the two, see _triton_pays.
 BUTTERFLY_FWD = Operator(
     "butterfly_fwd(Tensor x, Tensor blocks) -> Tensor",
     fake=lambda x, blocks: x.new_empty(x.shape),
-    order=("native", "torch", "triton"),
+    order=("native", "triton", "torch"),
 )
 
 
@@ -36,21 +36,21 @@ def _butterfly_bwd_fake(grad, x, blocks, need_x, need_blocks):
 BUTTERFLY_BWD = Operator(
     "butterfly_bwd(Tensor grad, Tensor x, Tensor blocks, bool need_x, bool need_blocks) -> (Tensor, Tensor)",
     fake=_butterfly_bwd_fake,
-    order=("native", "torch", "triton"),
+    order=("native", "triton", "torch"),
 )
 
 
 CAYLEY_FWD = Operator(
     "cayley_fwd(Tensor boft_R) -> Tensor",
     fake=torch.empty_like,
-    order=("native", "torch", "triton"),
+    order=("native", "triton", "torch"),
     dtypes=(torch.float32,),
 )
 
 CAYLEY_BWD = Operator(
     "cayley_bwd(Tensor grad, Tensor blocks) -> Tensor",
     fake=lambda grad, blocks: torch.empty_like(blocks),
-    order=("native", "torch", "triton"),
+    order=("native", "triton", "torch"),
     dtypes=(torch.float32,),
 )
 
@@ -64,7 +64,7 @@ def _boft_fwd_fake(x, weight, bias, blocks, scale, keep):
 BOFT_FWD = Operator(
     "boft_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor blocks, Tensor scale, bool keep) -> (Tensor, Tensor)",
     fake=_boft_fwd_fake,
-    order=("native", "torch", "triton"),
+    order=("native", "triton", "torch"),
 )
 
 
@@ -79,7 +79,7 @@ BOFT_BWD = Operator(
     "boft_bwd(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor blocks, Tensor scale, Tensor? y0, bool need_x,"
     " bool need_blocks) -> (Tensor, Tensor, Tensor)",
     fake=_boft_bwd_fake,
-    order=("native", "torch", "triton"),
+    order=("native", "triton", "torch"),
 )
 
 if triton_available():
@@ -417,6 +417,17 @@ def apply_boft(x: Tensor, weight: Tensor, bias: Tensor | None, boft_R: Tensor, b
     return rotated_linear(x, weight, bias, boft_blocks(boft_R), boft_s)
 
 
+def _triton_pays(x: Tensor, matrices: Tensor) -> bool:
+    """By counting, not measured. CUDA C++ reads shared memory and multiplies outside tensor cores, b · m of both for a
+    feature of a token; Triton multiplies a window by one matrix of at most 64 on tensor cores, which 16-bit elements
+    have, but makes that matrix in launches of its own. At 4096 features, forward and training over the frozen layer:
+    (8, 4), T 16: 1.03 / 1.09 here, 1.03 / 1.12 there; T 4096: 1.30 / 1.53 and 1.18 / 1.24; (4, 2) the same throughout.
+    """
+    factors, _, block_size, _ = matrices.shape
+    many = x.numel() >= 256 * x.shape[-1]
+    return many and x.dtype.itemsize == 2 and block_size * factors >= 32 and block_size << (factors - 1) <= 64
+
+
 def _in_one_operator(
     x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Tensor, boft_s: Tensor, from_R: bool
 ) -> str | None:
@@ -426,6 +437,7 @@ def _in_one_operator(
         return _window_fits(matrices, shared_memory) and (not from_R or _cayley_fits(matrices))
 
     backend = where_it_fits(BOFT_FWD.choose(x, matrices), x, fits)
+    backend = where_it_pays(backend, x, lambda: _triton_pays(x, matrices))
     if backend not in ("native", "triton") or not base.is_frozen(weight, bias):
         return None
     return backend if boft_s.dtype == matrices.dtype or BOFT_FWD.choose(x, boft_s) == backend else None

@@ -26,17 +26,17 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastpeft import reference
-from fastpeft.backend import Operator, triton_available
+from fastpeft.backend import Operator, triton_available, where_it_pays
 from fastpeft.ops import base
 
-# y, with the mix from bins of x to bins of y and scale = α / (d1 d2). On a GPU CUDA C++ comes first by counting, not
-# measured: one launch and 21 µs of memory traffic where the library's transforms need seven and 160 µs (an H200, 4096
-# features and tokens). Triton takes x as rows, and stands behind the composition until it has met a GPU.
+# y, with the mix from bins of x to bins of y and scale = α / (d1 d2). On a GPU the order is by counting, not measured
+# (bench/floors.py): one launch and 21 µs of memory traffic where the library's transforms need seven and 160 µs (an
+# H200, 4096 features and tokens). CUDA C++ or Triton, see _triton_pays.
 FOURIER_FWD = Operator(
     "fourier_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor spectrum, Tensor offsets, Tensor sources,"
     " Tensor entries, float scale) -> Tensor",
     fake=lambda x, weight, bias, spectrum, offsets, *_: x.new_empty(*x.shape[:-1], offsets.shape[0] - 1),
-    order=("native", "torch", "triton"),
+    order=("native", "triton", "torch"),
 )
 
 
@@ -50,7 +50,7 @@ FOURIER_BWD = Operator(
     "fourier_bwd(Tensor grad, Tensor? x, Tensor? weight, Tensor spectrum, Tensor rows, Tensor cols, Tensor offsets,"
     " Tensor sources, Tensor entries, float scale, bool need_x) -> (Tensor, Tensor)",
     fake=_fourier_bwd_fake,
-    order=("native", "torch", "triton"),
+    order=("native", "triton", "torch"),
 )
 
 # W + ΔW, rounded once, by the mix from bins of y to bins of x: row i of ΔW is the gradient of x for the gradient e_i.
@@ -270,6 +270,19 @@ def _bag_products(grad_table: Tensor, table: Tensor, bags: Bags) -> Tensor:
     )
 
 
+def _triton_pays(x: Tensor, shape: tuple[int, int], n: int, backward: bool) -> bool:
+    """By counting, not measured: where Triton's transforms on tensor cores pay at all, they cost less than CUDA C++'s
+    in shared memory but for a few tokens. Forward over the frozen layer at T 4096: 2048 features 1.27 and 1.57, 4096
+    1.14 and 1.29; backward both pay up to 2048, at 4096 the gradient of the coefficients is left to CUDA C++.
+    """
+    from fastpeft.kernels.dft import dft_pays  # importing triton takes a second: only where it runs
+
+    out_features, in_features = shape
+    if x.numel() < 16 * x.shape[-1] or not dft_pays(in_features, out_features, n, x.dtype, backward):
+        return False
+    return not backward or dft_pays(out_features, in_features, n, x.dtype, False)
+
+
 def _run(
     backend: str,
     x: Tensor,
@@ -281,6 +294,7 @@ def _run(
     scaling: float,
 ) -> Tensor:
     scale = scaling / (shape[0] * shape[1])
+    backend = where_it_pays(backend, x, lambda: _triton_pays(x, shape, len(spectrum), backward=False))
     if backend == "native":
         return FOURIER_FWD.call("native", x, weight, bias, spectrum, *tables.forward, scale)
     rows = base.as_rows(x)
@@ -307,6 +321,7 @@ class FourierFunction(torch.autograd.Function):
         needs = need_x, need_spectrum = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         x, weight, spectrum = ctx.saved_tensors
         tables, shape, scaling, backend = ctx.settings
+        backend = where_it_pays(backend, grad, lambda: _triton_pays(grad, shape, len(spectrum), backward=True))
         scale = scaling / (shape[0] * shape[1])
         places = (tables.rows, tables.cols, *tables.backward)
         if backend == "native":

@@ -19,13 +19,13 @@ def _lora_fwd_fake(x, weight, bias, lora_A, lora_B, scaling, dropped=None):
     return x.new_empty(*lead, lora_B.shape[0]), x.new_empty(math.prod(lead), lora_A.shape[0], dtype=torch.float32)
 
 
-# Returns y (..., out) and h = x Aᵀ (T, r), or h = dropped Aᵀ: x as dropout left it for the adapter. Triton stands
-# behind the library composition until it has been measured on a GPU.
+# Returns y (..., out) and h = x Aᵀ (T, r), or h = dropped Aᵀ: x as dropout left it for the adapter. On a GPU Triton
+# comes before the library's composition by counting, not measured (bench/floors.py): one launch for three to decode.
 LORA_FWD = Operator(
     "lora_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling,"
     " Tensor? dropped=None) -> (Tensor, Tensor)",
     fake=_lora_fwd_fake,
-    order=("native", "torch", "triton"),
+    order=("native", "triton", "torch"),
 )
 
 
@@ -36,12 +36,12 @@ def _lora_bwd_fake(grad, x, weight, lora_A, lora_B, h, scaling, need_x):
 
 
 # Gradients of x, lora_A (if x is given) and lora_B (if h is given); one that is not needed comes back with no rows.
-# Triton, which leaves g W to the library and reads x and g once for the rest, is behind the composition as it is above.
+# Triton leaves g W to the library and reads x and g once for the rest.
 LORA_BWD = Operator(
     "lora_bwd(Tensor grad, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? h, float scaling,"
     " bool need_x) -> (Tensor, Tensor, Tensor)",
     fake=_lora_bwd_fake,
-    order=("native", "torch", "triton"),
+    order=("native", "triton", "torch"),
 )
 
 # With dropout of A's input by a generator that counts: the mask is a function of the seed (1,) and of the place, worked
@@ -52,7 +52,7 @@ LORA_DROPOUT_FWD = Operator(
     fake=lambda x, weight, bias, lora_A, lora_B, scaling, seed, p: _lora_fwd_fake(
         x, weight, bias, lora_A, lora_B, scaling
     ),
-    order=("torch", "triton"),
+    order=("triton", "torch"),
 )
 LORA_DROPOUT_BWD = Operator(
     "lora_dropout_bwd(Tensor grad, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? h, float scaling,"
@@ -60,7 +60,7 @@ LORA_DROPOUT_BWD = Operator(
     fake=lambda grad, x, weight, lora_A, lora_B, h, scaling, need_x, seed, p: _lora_bwd_fake(
         grad, x, weight, lora_A, lora_B, h, scaling, need_x
     ),
-    order=("torch", "triton"),
+    order=("triton", "torch"),
 )
 
 if triton_available():

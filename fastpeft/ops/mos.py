@@ -23,13 +23,13 @@ def _mos_fwd_fake(x, weight, bias, pool_A, index_A, pool_B, index_B, scaling, dr
     return x.new_empty(*lead, pool_B.shape[1] * shards), x.new_empty(math.prod(lead), rank, dtype=torch.float32)
 
 
-# Returns y (..., out) and h = x Aᵀ (T, r). Triton takes x as rows, with a weight and without dropout, and stands behind
-# the library composition until it has been measured on a GPU. Elsewhere MoS is LoRA over assembled matrices.
+# Returns y (..., out) and h = x Aᵀ (T, r). Triton takes x as rows, with a weight and without dropout, and comes before
+# the library's composition by counting, not measured (bench/floors.py). Elsewhere MoS is LoRA over assembled matrices.
 MOS_FWD = Operator(
     "mos_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor pool_A, Tensor index_A, Tensor pool_B, Tensor index_B,"
     " float scaling, Tensor? dropped=None) -> (Tensor, Tensor)",
     fake=_mos_fwd_fake,
-    order=("native", "torch", "triton"),
+    order=("native", "triton", "torch"),
 )
 
 
@@ -43,7 +43,7 @@ MOS_BWD = Operator(
     "mos_bwd_(Tensor(a!)? dpool_A, Tensor(b!)? dpool_B, Tensor grad, Tensor? x, Tensor? weight, Tensor pool_A,"
     " Tensor index_A, Tensor pool_B, Tensor index_B, Tensor? h, float scaling, bool need_x) -> Tensor",
     fake=_mos_bwd_fake,
-    order=("native", "torch", "triton"),
+    order=("native", "triton", "torch"),
 )
 
 if triton_available():
