@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fastpeft.sharded import is_spread
+
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -28,9 +30,11 @@ def write_folder(folder: str | os.PathLike, config: Mapping[str, Any], tensors: 
     the previous file intact.
 
     Raises:
-        ValueError: the folder is a file.
+        ValueError: the folder is a file, or a tensor is spread over processes.
     """
     path = Path(folder)
+    if spread := [key for key, tensor in tensors.items() if is_spread(tensor)]:
+        raise ValueError(f"{spread[0]} is spread over processes: save the adapter and load it on one of them")
     if path.exists() and not path.is_dir():
         raise ValueError(f"folder must name a folder, got the file {str(path)!r}")
     path.mkdir(parents=True, exist_ok=True)

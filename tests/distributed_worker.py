@@ -481,6 +481,16 @@ def two_dimensions(method: str) -> None:
     compare(lambda model: train(both(model), batch=batch, total=mean), method)
 
 
+def compiled(spread: Callable[[Model], Model], run: Callable[..., dict[str, Tensor]]) -> None:
+    """torch.compile of a model with shared pools, whose gradients leave a compiled graph layer by layer."""
+
+    def through_dynamo(model: Model) -> dict[str, Tensor]:
+        graph = torch.compile(spread(model), backend="aot_eager")
+        return run(model, forward=lambda x: graph(x))
+
+    compare(through_dynamo, "mos")
+
+
 # Files
 
 
@@ -536,10 +546,13 @@ def folders(method: str, spread: Callable[[Model], Model]) -> None:
         fastpeft.load_adapter(other, folder, "late")
 
 
-def merging() -> None:
+def for_one_process() -> None:
     for spread in (shard, cut):
+        model = spread(make("lora"))
         with pytest.raises(ValueError, match="spread over processes"):
-            fastpeft.merge(spread(make("lora")))
+            fastpeft.merge(model)
+    with pytest.raises(ValueError, match="spread over processes"):
+        fastpeft.export_lora(shard(make("lora")), shared_folder("exported"))
 
 
 FOLDER = Path()
@@ -584,7 +597,7 @@ CASES: dict[str, Callable[[], None]] = {
             tp_refuses,
             tp_communication,
             tp_plain_layers,
-            merging,
+            for_one_process,
         )
     },
     **{
@@ -598,13 +611,18 @@ CASES: dict[str, Callable[[], None]] = {
         for spread in (shard, cut)
     },
 }
-ON_FOUR = {
-    f"{case.__name__}-{method}": partial(case, method) for case in (fsdp_hybrid, two_dimensions) for method in FOUR
-} | {f"folders-{method}-both": partial(folders, method, both) for method in FOUR}
+MORE: dict[int, dict[str, Callable[[], None]]] = {
+    2: {"compiled-shard": partial(compiled, shard, shared), "compiled-cut": partial(compiled, cut, train)},
+    4: {
+        **{f"fsdp_hybrid-{method}": partial(fsdp_hybrid, method) for method in FOUR},
+        **{f"two_dimensions-{method}": partial(two_dimensions, method) for method in FOUR},
+        **{f"folders-{method}-both": partial(folders, method, both) for method in FOUR},
+    },
+}
 
 
 def cases(world: int) -> dict[str, Callable[[], None]]:
-    return {**CASES, **ON_FOUR} if world == 4 else CASES
+    return {**CASES, **MORE[world]}
 
 
 def main(folder: str, *names: str) -> None:
