@@ -52,6 +52,10 @@ def accelerate(model: nn.Module, strict: bool = False) -> AccelerationReport:
     inside, or given an adapter later that is not covered runs PEFT's own forward for as long as it is so. Layers that
     PEFT adds later are taken over by calling this again; calling it twice is harmless.
 
+    DoRA's sums of squares of a base weight are kept until PyTorch counts a change of it, which it does not for one made
+    through ``weight.data`` in place: accelerate again after that. Operators are differentiable once. A layer's class is
+    one of ours meanwhile: decelerate before pickling for somebody who has PEFT alone.
+
     Args:
         model: a ``PeftModel``, a ``PeftMixedModel``, or any module with PEFT layers in it.
         strict: raise where a PEFT layer cannot be taken over, before anything is changed.
@@ -93,6 +97,7 @@ def accelerate(model: nn.Module, strict: bool = False) -> AccelerationReport:
         else:
             layer.__class__ = accelerated_class(peft_class(layer))
             layer._prepared = prepared[path]
+            vars(layer).pop("_plan", None)
     return report
 
 
