@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -481,14 +481,14 @@ def two_dimensions(method: str) -> None:
     compare(lambda model: train(both(model), batch=batch, total=mean), method)
 
 
-def compiled(spread: Callable[[Model], Model], run: Callable[..., dict[str, Tensor]]) -> None:
+def compiled(method: str, spread: Callable[[Model], Model], run: Callable[..., dict[str, Tensor]]) -> None:
     """torch.compile of a model with shared pools, whose gradients leave a compiled graph layer by layer."""
 
     def through_dynamo(model: Model) -> dict[str, Tensor]:
         graph = torch.compile(spread(model), backend="aot_eager")
         return run(model, forward=lambda x: graph(x))
 
-    compare(through_dynamo, "mos")
+    compare(through_dynamo, method)
 
 
 # Files
@@ -567,62 +567,60 @@ def whole_mesh() -> DeviceMesh:
 
 
 FOUR = ("lora", "mos", "boft", "fourierft")
-CASES: dict[str, Callable[[], None]] = {
-    **{f"{case.__name__}-{method}": partial(case, method) for case in (ddp, fsdp) for method in CONFIGS},
-    **{f"tp-{method}": partial(tp, method) for method in CONFIGS if method != "dora"},
-    **{
-        f"{case.__name__}-{method}": partial(case, method)
-        for case, methods in {
-            ddp_unused: ("lora", "mos"),
-            ddp_accumulate: ("lora", "mos"),
-            fsdp_layers: ("mos", "boft"),
-            fsdp_recompute: FOUR,
-            fsdp_accumulate: ("lora", "mos"),
-            fsdp_bfloat16: FOUR,
-            tp_recompute: ("mos", "boft"),
-            tp_part: ("mos",),
-            tp_sequence: FOUR,
-            tp_without_gradients: (*FOUR, "boft_wide"),
-        }.items()
+
+
+def each(case: Callable, methods: Iterable[str] = FOUR, **ways: tuple) -> dict[str, Callable[[], None]]:
+    """A case by name for every method, and for every way to spread a model if there are several."""
+    if not ways:
+        return {f"{case.__name__}-{method}": partial(case, method) for method in methods}
+    return {
+        f"{case.__name__}-{method}-{name}": partial(case, method, *way)
         for method in methods
-    },
+        for name, way in ways.items()
+    }
+
+
+ON_TWO_AND_FOUR: dict[str, Callable[[], None]] = {
+    **each(ddp, CONFIGS),
+    **each(fsdp, CONFIGS),
+    **each(tp, [method for method in CONFIGS if method != "dora"]),
+    **each(resume, shard=(shard, shared), cut=(cut, train)),
+    **each(folders, shard=(shard,), cut=(cut,)),
+    **{case.__name__: case for case in (fsdp_starts_from_the_first_process, tp_refuses, tp_communication)},
+}
+ON_TWO: dict[str, Callable[[], None]] = {
+    **each(ddp_unused, ["lora", "mos"]),
+    **each(ddp_accumulate, ["lora", "mos"]),
+    **each(fsdp_layers, ["mos", "boft"]),
+    **each(fsdp_recompute),
+    **each(fsdp_accumulate, ["lora", "mos"]),
+    **each(fsdp_bfloat16),
+    **each(tp_recompute, ["mos", "boft"]),
+    **each(tp_part, ["mos"]),
+    **each(tp_sequence),
+    **each(tp_without_gradients, [*FOUR, "boft_wide"]),
+    **each(compiled, ["mos"], shard=(shard, shared), cut=(cut, train)),
     **{
         case.__name__: case
         for case in (
             ddp_buckets,
             fsdp_refuses_shared_pools,
-            fsdp_starts_from_the_first_process,
             tp_trained_base,
             tp_starts_from_the_first_process,
-            tp_refuses,
-            tp_communication,
             tp_plain_layers,
             for_one_process,
         )
     },
-    **{
-        f"resume-{method}-{spread.__name__}": partial(resume, method, spread, step)
-        for method in FOUR
-        for spread, step in ((shard, shared), (cut, train))
-    },
-    **{
-        f"folders-{method}-{spread.__name__}": partial(folders, method, spread)
-        for method in FOUR
-        for spread in (shard, cut)
-    },
 }
-MORE: dict[int, dict[str, Callable[[], None]]] = {
-    2: {"compiled-shard": partial(compiled, shard, shared), "compiled-cut": partial(compiled, cut, train)},
-    4: {
-        **{f"fsdp_hybrid-{method}": partial(fsdp_hybrid, method) for method in FOUR},
-        **{f"two_dimensions-{method}": partial(two_dimensions, method) for method in FOUR},
-        **{f"folders-{method}-both": partial(folders, method, both) for method in FOUR},
-    },
+ON_FOUR: dict[str, Callable[[], None]] = {
+    **each(fsdp_hybrid),
+    **each(two_dimensions),
+    **each(folders, both=(both,)),
 }
 
 
 def cases(world: int) -> dict[str, Callable[[], None]]:
-    return {**CASES, **MORE[world]}
+    return {**ON_TWO_AND_FOUR, **(ON_FOUR if world == 4 else ON_TWO)}
 
 
 def main(folder: str, *names: str) -> None:
