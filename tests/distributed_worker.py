@@ -277,6 +277,22 @@ def fsdp_bfloat16(method: str) -> None:
     compare(lambda model: shared(shard(model, mp_policy=policy)), method, composition)
 
 
+def fsdp_trained_later() -> None:
+    """Pools that were frozen when the model was sharded."""
+
+    def run(model: Model) -> dict[str, Tensor]:
+        pools = [p for name, p in model.named_parameters() if ".pool_" in name]
+        for pool in pools:
+            pool.requires_grad_(False)
+        model = shard(model)
+        model(inputs(0))
+        for pool in pools:
+            pool.requires_grad_(True)
+        return shared(model)
+
+    compare(run, "mos")
+
+
 def fsdp_refuses_shared_pools() -> None:
     model = make("mos")
     with pytest.raises(ValueError, match="keep_whole"):
@@ -605,6 +621,7 @@ ON_TWO: dict[str, Callable[[], None]] = {
         for case in (
             ddp_buckets,
             fsdp_refuses_shared_pools,
+            fsdp_trained_later,
             tp_trained_base,
             tp_starts_from_the_first_process,
             tp_plain_layers,

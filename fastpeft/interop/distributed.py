@@ -59,7 +59,10 @@ def keep_whole(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
             parameter.data = parameter.data.to(mesh.device_type)
         for dim in range(mesh.ndim):
             dist.broadcast(parameter.data, group=mesh.get_group(dim), group_src=0)
+        trained = parameter.requires_grad
+        parameter.requires_grad_()  # what is frozen takes no hook, and may be trained later
         parameter.register_hook(lambda gradient: _mean(gradient, mesh))
+        parameter.requires_grad_(trained)
     return set(whole)
 
 
