@@ -37,7 +37,7 @@ bench: $(READY)  ## what layers and operators cost: minutes of an idle machine; 
 	$(PY) -m pytest bench --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 
 # Tests of the CPU lane, of files and of programs would say nothing new there, nor would compiling for absent chips.
-NOT_ON_GPU := native cpu_loops cuda_boft cuda_cayley cuda_fourierft cuda_low_rank_many packaging finetune bench cli limits bad_files
+NOT_ON_GPU := native cpu_loops cuda_boft cuda_cayley cuda_fourierft cuda_low_rank_many packaging finetune bench cli limits bad_files distributed docs
 GPU_TESTS = $(filter-out $(NOT_ON_GPU:%=tests/test_%.py),$(wildcard tests/test_*.py))
 
 # With the machine's own Python and torch, and nothing from a network: a CUDA build of torch is no small download.

@@ -287,7 +287,8 @@ def heading() -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(TARGETS))
+    counted = [name for name in METHODS if name.partition("-")[0] in CALLS]
+    parser.add_argument("--methods", nargs="+", choices=counted, default=list(TARGETS))
     parser.add_argument("--sizes", nargs="+", type=parse_size, default=[(4096, 4096)], metavar="INxOUT")
     parser.add_argument("--tokens", nargs="+", type=parse_count, default=[1, 16, 4096])
     arguments = parser.parse_args(argv)

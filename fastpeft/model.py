@@ -30,7 +30,7 @@ def adapt(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.Mo
 
     Args:
         model: any module.
-        config: LoraConfig, MosConfig, BOFTConfig or FourierFTConfig, or PEFT's object of the same name.
+        config: LoraConfig, MosConfig, BOFTConfig, OFTConfig or FourierFTConfig, or PEFT's object of the same name.
         adapter_name: under which the adapter is kept; several can be held, switched and active together.
 
     Returns:
@@ -159,7 +159,7 @@ def unmerge(model: nn.Module) -> None:
 def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str | None = None) -> None:
     """Writes an adapter to a folder: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-    LoRA, BOFT and FourierFT are written in PEFT's format. MoS has a format of its own: each pool once as
+    LoRA, BOFT, OFT and FourierFT are written in PEFT's format. MoS has a format of its own: each pool once as
     ``pools.<kind>.pool_A`` and ``.pool_B``, and each layer's shard numbers as ``layers.<path>.index_A`` and
     ``.index_B``. An interruption leaves the files that were there.
 

@@ -63,7 +63,7 @@ def test_adapter_parameters_follow_the_active_adapters():
         parts = {name.split(".adapters.")[1] for name, parameter in model.named_parameters() if id(parameter) in given}
         return {part.split(".")[0] for part in parts}
 
-    assert names() == {"fourierft"}
+    assert names() == {METHODS[-1].name}
     fastpeft.set_adapter(model, ["lora", "boft"])
     assert names() == {"lora", "boft"}
     fastpeft.set_adapter(model, "mos")
@@ -112,7 +112,7 @@ def test_all_methods_together(dtype: torch.dtype):
     model = Model().to(dtype)
     for method in METHODS:
         fastpeft.adapt(model, method.config(), method.name)
-    fastpeft.set_adapter(model, ["boft", "lora", "fourierft", "mos"])
+    fastpeft.set_adapter(model, ["boft", "lora", "oft", "fourierft", "mos"])
     check(model, randn(20, IN, dtype=dtype), formula=plain_model, draws=8)
 
 

@@ -232,7 +232,8 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:
     # Pickle finds classes by name, and these have none of their own.
-    return _restore, (self._base_class,), self.__getstate__()
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # Python 3.10 has no default one
+    return _restore, (self._base_class,), state
 
 
 def _restore(base: type[nn.Module]) -> Any:

@@ -1,4 +1,4 @@
-"""What the four methods share: checks of the base layer's arguments, the frozen product, autocast.
+"""What the methods share: checks of the base layer's arguments, the frozen product, autocast.
 
 An adapted layer computes ``y = post(W · pre(x) + b) + delta(x)``. Operators that add a delta take the frozen product
 into the same autograd node, so that the gradient of x is summed up in place instead of in one more pass over it. They
