@@ -6,7 +6,7 @@ import re
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,12 @@ class FourierFTConfig(AdapterConfig):
         require_bool("init_weights", self.init_weights)
         require_bool("transposed", self.transposed)
         require_pattern("n_frequency_pattern", self.n_frequency_pattern, lambda name, n: require_int(name, n, 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if not self.transposed:  # an option that PEFT does not know, and would warn of
+            del values["transposed"]
+        return values
 
 
 def frequency_for(path: str, config: FourierFTConfig) -> int:
