@@ -8,13 +8,11 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastpeft.interop.adapter import PeftAdapter, tensor_refusal
 from fastpeft.nn.adapter import dropout_p
 from fastpeft.nn.dora import RowNorms
 from fastpeft.nn.linear import dense_weight
-from fastpeft.ops.base import is_frozen
 from fastpeft.ops.dora import add_dora, apply_dora
 from fastpeft.ops.lora import apply_lora
 
@@ -81,16 +79,10 @@ class PeftLora(PeftAdapter):
         return tensor_refusal(tensors)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.dropout_p > 0 and not is_frozen(weight, bias):
-            return self._add(F.linear(x, weight, bias), x)
         return apply_lora(x, weight, bias, self.A["weight"], self.B["weight"], self.scaling, self.dropout_p)
 
     def add_to(self, y: Tensor, x: Tensor, base: nn.Module) -> Tensor:
-        return self._add(y, x)
-
-    def _add(self, y: Tensor, x: Tensor) -> Tensor:
-        dropped = F.dropout(x, self.dropout_p) if self.dropout_p > 0 else x
-        return y + apply_lora(dropped, None, None, self.A["weight"], self.B["weight"], self.scaling)
+        return y + apply_lora(x, None, None, self.A["weight"], self.B["weight"], self.scaling, self.dropout_p)
 
 
 class PeftDora(PeftLora):
