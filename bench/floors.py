@@ -33,7 +33,7 @@ from torch.utils.flop_counter import flop_registry
 
 PEAK_BYTES, PEAK_OPERATIONS = 4.3e12, 790e12  # per second, of an H200 in bfloat16
 PROCESSORS, SHARED_MEMORY = 132, 227 * 1024
-MODULES = ("low_rank", "lora", "mos", "boft", "fourierft", "dft")
+MODULES = ("low_rank", "lora", "mos", "boft", "boft_cayley", "boft_wide", "fourierft", "dft")
 # T <= 16, T >= 2048, training
 TARGETS = {
     "lora-r16": (1.05, 1.04, 1.10),
@@ -132,6 +132,8 @@ OPERATIONS: dict[str, Callable[[dict[str, Any]], int]] = {
     "butterfly_bwd_kernel": lambda a: (
         2 * a["tokens"] * a["features"] * a["WIDTH"] * (2 * a["NEED_X"] + a["NEED_BLOCKS"])
     ),
+    "wide_fwd_kernel": lambda a: 2 * a["tokens"] * a["features"] * a["BLOCK"] * 2,
+    "wide_bwd_kernel": lambda a: 2 * a["tokens"] * a["features"] * a["BLOCK"],
     "dft_fwd_kernel": lambda a: of_dft(a, a["SPLIT"]),
     "dft_bwd_kernel": lambda a: of_dft(a, True),
 }
@@ -215,7 +217,8 @@ def call_mos(options: Any, size: tuple[int, int], tokens: int, training: bool) -
 
 
 def call_boft(options: Any, size: tuple[int, int], tokens: int, training: bool) -> None:
-    from fastpeft.kernels.boft import boft_bwd, boft_fwd, cayley_bwd, cayley_fwd
+    from fastpeft.kernels.boft import boft_bwd, boft_fwd
+    from fastpeft.kernels.boft_cayley import cayley_bwd, cayley_fwd
 
     x, weight, bias, grad = base_of(size, tokens)
     block, factors = options["boft_block_size"], options["boft_n_butterfly_factor"]

@@ -11,7 +11,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 from fastpeft.kernels import boft as kernel
-from fastpeft.kernels import device
+from fastpeft.kernels import boft_cayley, device
 from gpu_compile import check_records, compiled_cases, meta
 
 import fastpeft
@@ -156,7 +156,7 @@ def test_blocks_of_any_size():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_identity_changes_nothing(dtype):
     x, grad, blocks = draw((17, 24, 4, 2), DTYPES[dtype])
-    identity = kernel.cayley_fwd(torch.zeros_like(blocks))
+    identity = boft_cayley.cayley_fwd(torch.zeros_like(blocks))
     assert torch.equal(identity, torch.eye(4).expand_as(identity))
     y, dx, _ = computed(kernel, x, grad, identity)
     assert torch.equal(y, x) and torch.equal(dx, grad)
@@ -178,47 +178,6 @@ def test_no_tokens():
     y, dx, dblocks = computed(kernel, x, grad, blocks)
     assert y.shape == dx.shape == (0, 24) and y.dtype == dx.dtype == BF16
     assert torch.equal(dblocks, torch.zeros_like(blocks))
-
-
-# ------------------------------------------------------------------------------------------------
-# The Cayley transform
-# ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scale", [0.01, 1, 100])
-@pytest.mark.parametrize("block", [2, 3, 4, 6, 8, 11, 16, 24, 32, 33, 50, 63, 64, 72])
-def test_cayley(block, scale):
-    # Far from zero its rows grow on the way. Seven blocks of up to 8 do not fill whole tiles.
-    generator = torch.Generator().manual_seed(block)
-    boft_R = torch.randn(1, 7, block, block, generator=generator) * scale
-    grad = torch.randn(1, 7, block, block, generator=generator)
-    wide = boft_R.double().requires_grad_()
-    q = reference.boft.boft_blocks(wide)
-    (dR,) = torch.autograd.grad(q, wide, grad.double())
-    skew = (boft_R - boft_R.mT) / 2
-    solved = [ops.cayley(skew), _composed_gradient(grad, q.detach().float())]
-    found = [kernel.cayley_fwd(boft_R), kernel.cayley_bwd(grad, q.detach().float())]
-    for error, bound in zip(errors(found, (q.detach(), dR)), errors(solved, (q.detach(), dR)), strict=True):
-        assert error <= 2 * max(bound, 2**-25)
-
-
-def _composed_gradient(grad, q):
-    twice = (q + torch.eye(q.shape[-1])).mT
-    dskew = twice @ grad @ twice * -0.5
-    return (dskew - dskew.mT) / 2
-
-
-def test_cayley_of_single_numbers():
-    boft_R = torch.randn(2, 21, 1, 1)
-    assert torch.equal(kernel.cayley_fwd(boft_R), torch.ones(2, 21, 1, 1))
-    assert not kernel.cayley_bwd(boft_R, torch.ones(2, 21, 1, 1)).any()
-
-
-def test_cayley_takes_any_strides():
-    boft_R, grad = torch.randn(2, 2, 3, 8, 8)
-    q = kernel.cayley_fwd(boft_R)
-    assert torch.equal(kernel.cayley_fwd(LAYOUTS["transposed"](boft_R)), q)
-    assert torch.equal(kernel.cayley_bwd(within_nan(grad), within_nan(q)), kernel.cayley_bwd(grad, q))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -312,12 +271,14 @@ def launched(monkeypatch):
     """Names of the launchers that ran."""
     names = []
 
-    def noting(name):
-        launcher = getattr(kernel, name)
-        return lambda *args: names.append(name) or launcher(*args)
+    def note(module, name):
+        launcher = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: names.append(name) or launcher(*args))
 
-    for name in ("butterfly_fwd", "butterfly_bwd", "cayley_fwd", "cayley_bwd", "scale_fwd", "scale_bwd"):
-        monkeypatch.setattr(kernel, name, noting(name))
+    for name in ("butterfly_fwd", "butterfly_bwd", "scale_fwd", "scale_bwd"):
+        note(kernel, name)
+    for name in ("cayley_fwd", "cayley_bwd"):
+        note(boft_cayley, name)
     return names
 
 
@@ -389,8 +350,6 @@ def test_opcheck():
     for y0, *needs in ((None, True, True), (torch.randn(17, 10), True, False), (torch.randn(17, 10), False, False)):
         grad = torch.randn(17, 10)
         torch.library.opcheck(library.boft_bwd, (grad, x, weight, bias, blocks, scale, y0, *needs))
-    torch.library.opcheck(library.cayley_fwd, (blocks,))
-    torch.library.opcheck(library.cayley_bwd, (blocks, blocks))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -417,7 +376,6 @@ CASES = [
     (90, 65, 104, 4, 2, "bf16"),  # features that no tile divides
     (90, 512, 4096, 2, 6, "bf16"),  # the most factors of one pass
     (90, 4096, 3840, 12, 2, "bf16"),  # 48 features of 64, that do not begin at whole words
-    (90, 16, 4032, 63, 1, "bf16"),  # the most registers of Cayley
     (90, 16, 4096, 8, 5, "bf16"),  # two passes
     (90, 4096, 4096, 8, 5, "bf16"),  # a window of 128 multiplied out
     (90, 4096, 4096, 2, 8, "fp32"),  # features that lie far apart
@@ -442,7 +400,6 @@ CASES = [
     (100, 512, 18944, 8, 4, "fp16"),
     (100, 4096, 4096, 8, 4, "fp32"),
     (100, 4096, 4096, 16, 4, "bf16"),
-    (100, 16, 4032, 63, 1, "bf16"),
 ]
 
 KERNELS = {
@@ -450,8 +407,6 @@ KERNELS = {
         "butterfly_fwd_kernel",
         "butterfly_bwd_kernel",
         "blocks_bwd_kernel",
-        "cayley_fwd_kernel",
-        "cayley_bwd_kernel",
         "scale_fwd_kernel",
         "scale_bwd_kernel",
     ],
@@ -462,10 +417,8 @@ KERNELS = {
 def launch(tokens, features, block, factors, dtype):
     x = meta(tokens, features, dtype=DTYPES[dtype])
     blocks = meta(factors, features // block, block, block)
-    kernel.cayley_fwd(blocks)
     kernel.butterfly_fwd(x, blocks)
     kernel.butterfly_bwd(x, x, blocks, True, True)
-    kernel.cayley_bwd(blocks, blocks)
     y, bias, scale = meta(tokens, features, dtype=DTYPES[dtype]), meta(features, dtype=DTYPES[dtype]), meta(features, 1)
     kernel.scale_fwd(y, bias, scale, y)
     kernel.scale_bwd(y, y, bias, scale)

@@ -7,6 +7,7 @@ place. So no permutation is ever carried out, and a factor costs 2·T·d·b oper
 
 from __future__ import annotations
 
+import importlib
 import math
 from functools import partial
 
@@ -84,16 +85,17 @@ BOFT_BWD = Operator(
 
 if triton_available():
 
-    def _in_triton(operator: Operator) -> None:
+    def _in_triton(operator: Operator, module: str) -> None:
         def launch(*args):
-            from fastpeft.kernels import boft  # importing triton takes a second: only where it runs
-
-            return getattr(boft, operator.name)(*args)
+            # Importing triton takes a second: only where it runs.
+            return getattr(importlib.import_module(f"fastpeft.kernels.{module}"), operator.name)(*args)
 
         operator.implement_triton(launch)
 
-    for _operator in (BUTTERFLY_FWD, BUTTERFLY_BWD, CAYLEY_FWD, CAYLEY_BWD, BOFT_FWD, BOFT_BWD):
-        _in_triton(_operator)
+    for _operator in (BUTTERFLY_FWD, BUTTERFLY_BWD, BOFT_FWD, BOFT_BWD):
+        _in_triton(_operator, "boft")
+    for _operator in (CAYLEY_FWD, CAYLEY_BWD):
+        _in_triton(_operator, "boft_cayley")
 
 
 class CayleyFunction(torch.autograd.Function):
