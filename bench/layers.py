@@ -82,7 +82,13 @@ def build_fastpeft(name: str, linear: nn.Linear) -> tuple[nn.Module, Exact]:
 
 
 def build_peft(name: str, linear: nn.Linear, peft: ModuleType) -> tuple[nn.Module, Exact]:
-    """PEFT's layer and our reference with its numbers, read from the files that it writes."""
+    """PEFT's layer and our reference with its numbers."""
+    layer, ours = build_both(name, linear, peft)
+    return layer, exact_of(ours)
+
+
+def build_both(name: str, linear: nn.Linear, peft: ModuleType) -> tuple[nn.Module, nn.Module]:
+    """PEFT's layer and ours with its numbers, read from the files that it writes."""
     model = Holder(linear)
     # PEFT tries to compile a CUDA helper for BOFT, with much noise. On the CPU it could not run: this skips the
     # attempt, not its outcome, which is one butterfly factor.
@@ -98,7 +104,7 @@ def build_peft(name: str, linear: nn.Linear, peft: ModuleType) -> tuple[nn.Modul
         stir(layer)
         adapted.save_pretrained(folder)
         ours = fastpeft.load_adapter(Holder(linear), folder)
-    return layer, exact_of(ours.layer)
+    return layer, ours.layer
 
 
 @torch.no_grad()

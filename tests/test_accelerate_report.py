@@ -280,8 +280,10 @@ def test_a_peft_that_lacks_what_is_needed(monkeypatch):
 # ---------------------------------------------------------------------- cost
 
 
-@pytest.mark.parametrize("case", ["lora", "oft"])
-def test_accelerating_a_skeleton_of_seven_billion_parameters_allocates_nothing(case):
+@pytest.mark.parametrize("case", ["lora", "dora", "oft"])  # PEFT cannot make the others there
+def test_accelerating_a_skeleton_of_a_large_model_allocates_nothing(case):
+    """In the shapes of seven billion parameters, four layers of the 32; bench/accelerated.py has the time of all."""
+
     class Layer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -291,12 +293,13 @@ def test_accelerating_a_skeleton_of_seven_billion_parameters_allocates_nothing(c
             self.down = nn.Linear(11008, 4096, bias=False)
 
     with torch.device("meta"):
-        model = nn.Sequential(*(Layer() for _ in range(32)))
+        model = nn.Sequential(*(Layer() for _ in range(4)))
         config = CASES[case](target_modules=["q", "k", "v", "o", "gate", "up", "down"])
         model = peft.get_peft_model(model, config)
     with Allocations() as allocated:
         report = fastpeft.accelerate(model, strict=True)
-    assert len(report.accelerated) == 7 * 32
+        fastpeft.decelerate(model)
+    assert len(report.accelerated) == 7 * 4
     assert max((torch.Size(shape).numel() for _, shape in allocated.made), default=0) <= 4096
 
 
