@@ -10,7 +10,7 @@ Nothing here knows a method: what differs between them is in ``fastpeft.interop.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,16 +71,17 @@ def accelerate(model: nn.Module, strict: bool = False) -> AccelerationReport:
     layers = dict(peft_layers(model))
     if not layers:
         raise ValueError(f"model must have PEFT layers, as peft.get_peft_model makes them, got {type(model).__name__}")
-    methods = known_methods()
+    method_of = known_methods()
     report = AccelerationReport()
     prepared: dict[str, Any] = {}
     for path, layer in layers.items():
-        reason = refusal(layer, methods)
+        method = method_of(peft_class(layer))
+        reason = refusal(layer, method)
         if reason is None and is_bypassed(model, path):
             reason = "nn.MultiheadAttention reads its weight without calling it"
-        if reason is None:
+        if method is not None and reason is None:
             try:
-                prepared[path] = prepare(layer, methods[peft_class(layer)])
+                prepared[path] = prepare(layer, method)
             except ValueError as error:
                 reason = str(error)
         if reason is None:
@@ -127,25 +128,24 @@ def peft_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
-def known_methods() -> Mapping[type, type[PeftAdapter]]:
-    """The methods by PEFT's layer class.
+def known_methods() -> Callable[[type[nn.Module]], type[PeftAdapter] | None]:
+    """The function that says which method computes the layers of a PEFT class.
 
     Raises:
         ValueError: this version of PEFT lacks what they look for.
     """
     try:
-        from fastpeft.interop.peft import METHODS
+        from fastpeft.interop.peft import method_of
     except ImportError as error:
         known = f"PEFT must be a version like 0.21, got {sys.modules['peft'].__version__}"
         raise ValueError(f"{known}: {error}") from error
-    return METHODS
+    return method_of
 
 
-def refusal(layer: Any, methods: Mapping[type, type[PeftAdapter]]) -> str | None:
+def refusal(layer: Any, method: type[PeftAdapter] | None) -> str | None:
     """Why a PEFT layer cannot be taken over, or None where it can."""
-    layer_class = peft_class(layer)
-    method = methods.get(layer_class)
     if method is None:
+        layer_class = peft_class(layer)
         return f"no method here computes a {layer_class.__module__}.{layer_class.__qualname__}"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance, as offloading hooks do"

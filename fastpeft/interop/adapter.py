@@ -17,7 +17,8 @@ class PeftAdapter:
     ``rotates`` set), and ``linear`` is the whole layer over a plain matrix. One is made anew whenever ``facts`` change.
     """
 
-    layer_class: ClassVar[type[nn.Module]]  # PEFT's, exactly
+    # PEFT's, exactly, by module and name: some are imported only where the library that they are for is installed.
+    layer_classes: ClassVar[tuple[str, ...]]
     container: ClassVar[str]  # the layer's attribute that holds adapters by name
     # What PEFT's layer lists as attributes of its adapters, and others that are read. A new one is an unknown option.
     known: ClassVar[frozenset[str]]

@@ -136,12 +136,19 @@ def hooks_of(module: nn.Module) -> tuple[dict, ...]:
 
 def computes_linear(base: nn.Module) -> bool:
     """Whether a base layer is F.linear of its own weight and bias and nothing more."""
-    return type(base).forward is nn.Linear.forward and "forward" not in base.__dict__ and "weight" in base._parameters
+    if type(base).forward is not nn.Linear.forward or "forward" in base.__dict__:
+        return False
+    return is_plain(base._parameters.get("weight"))
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether it is of no subclass, as weights that torchao has quantised are."""
+    return type(weight) is nn.Parameter or type(weight) is Tensor
 
 
 def fits(x: Tensor, weight: Any) -> bool:
     """Whether operators take x and a base's weight as they are. PEFT's forward has the words for what is wrong."""
-    if type(weight) is not nn.Parameter and type(weight) is not Tensor:  # of a subclass, such as a quantised one
+    if not is_plain(weight):
         return False
     if x.is_cpu != weight.is_cpu or x.is_meta != weight.is_meta:
         return False
@@ -151,9 +158,9 @@ def fits(x: Tensor, weight: Any) -> bool:
 @cache
 def accelerated_class(peft_class: Any) -> Any:
     """The accelerated subclass of a PEFT layer's class, with its name, which PEFT prints."""
-    from fastpeft.interop.peft import METHODS
+    from fastpeft.interop.peft import method_of
 
-    members = {"_peft_class": peft_class, "_method": METHODS[peft_class], "__module__": __name__}
+    members = {"_peft_class": peft_class, "_method": method_of(peft_class), "__module__": __name__}
     return type(peft_class.__name__, (Accelerated, peft_class), members)
 
 

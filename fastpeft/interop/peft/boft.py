@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.boft.layer import Linear, MultiplicativeDropoutLayer
+from peft.tuners.boft.layer import MultiplicativeDropoutLayer
 from torch import Tensor, nn
 
 from fastpeft.interop.adapter import PeftAdapter, tensor_refusal
@@ -14,7 +14,7 @@ from fastpeft.ops.boft import apply_boft, apply_butterfly, boft_blocks, butterfl
 
 
 class PeftBoft(PeftAdapter):
-    layer_class = Linear
+    layer_classes = ("peft.tuners.boft.layer.Linear",)
     container = "boft_R"
     known = frozenset(("boft_R", "boft_s", "boft_block_size", "boft_block_num", "boft_dropout"))
     rotates = True

@@ -6,7 +6,6 @@ import weakref
 from typing import Any
 
 import torch
-from peft.tuners.fourierft.layer import FourierFTLinear
 from torch import Tensor, nn
 
 from fastpeft.interop.adapter import PeftAdapter, tensor_refusal
@@ -52,7 +51,7 @@ def places_for(indices: Tensor, shape: tuple[int, int]) -> Places:
 
 
 class PeftFourier(PeftAdapter):
-    layer_class = FourierFTLinear
+    layer_classes = ("peft.tuners.fourierft.layer.FourierFTLinear",)
     container = "fourierft_spectrum"
     known = frozenset(
         ("fourierft_spectrum", "fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed", "indices")

@@ -1,11 +1,10 @@
-"""LoRA, rsLoRA and DoRA in PEFT's ``lora.Linear``."""
+"""LoRA, rsLoRA and DoRA in PEFT's ``lora.Linear``, LoRA and rsLoRA in its kin over quantised bases."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from peft.tuners.lora.dora import DoraLinearLayer
-from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
@@ -18,7 +17,13 @@ from fastpeft.ops.lora import apply_lora
 
 
 class PeftLora(PeftAdapter):
-    layer_class = Linear
+    # Those over quantised bases differ from the first in how they merge, which stays theirs.
+    layer_classes = (
+        "peft.tuners.lora.layer.Linear",
+        "peft.tuners.lora.bnb.Linear4bit",
+        "peft.tuners.lora.bnb.Linear8bitLt",
+        "peft.tuners.lora.torchao.TorchaoLoraLinear",
+    )
     container = "lora_A"
     known = frozenset(
         ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "r", "lora_alpha",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.oft.layer import Linear, OFTRotationModule
+from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,7 +15,7 @@ from fastpeft.ops.oft import oft_blocks, project, rotate
 
 
 class PeftOft(PeftAdapter):
-    layer_class = Linear
+    layer_classes = ("peft.tuners.oft.layer.Linear",)
     container = "oft_R"
     # oft_dropout is there and PEFT's forward does not look at it, so neither do we.
     known = frozenset(("oft_R", "oft_embedding_R", "r", "oft_block_size", "oft_dropout"))
