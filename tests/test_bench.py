@@ -226,12 +226,34 @@ def test_the_gpu_bench_on_a_cpu(tmp_path: Path, capsys, monkeypatch):
     given = ["--device", "cpu", "--widths", "32", "--tokens", "3", "--methods", "lora-r8", "--markdown", str(path)]
     assert gpu.main([*given, "--no-peft"]) == 0
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert [line.split(" | ")[3] for line in lines[2:6]] == [
-        "fastpeft", "fastpeft, Triton", "fastpeft, composed", "formula, compiled"
+    assert [line.split(" | ")[3] for line in lines[2:7]] == [
+        "fastpeft", "fastpeft, CUDA C++", "fastpeft, Triton", "fastpeft, composed", "formula, compiled"
     ]  # fmt: skip
-    assert all(float(line.split(" | ")[4]) > 0 for line in lines[2:6])
+    assert all(float(line.split(" | ")[4]) > 0 for line in lines[2:7])
+    assert lines[8].startswith("## Which lane was chosen: ")
+    assert [line.split(" | ")[3:5] for line in lines[12:14]] == [["forward", "CUDA C++"], ["training", "CUDA C++"]]
     assert gpu.main([*given, "--seconds", "1", "--widths", *["16"] * 50, "--no-peft"]) == 0
     assert "not reached: lora-r8 at 16→16" in capsys.readouterr().out
+
+
+def test_the_choice_of_a_lane():
+    """Only where another one is faster by more than what is noise; lanes that the method does not have have no tax."""
+
+    def row(backend: str | None, forward: float, training: float, lanes: str) -> gpu.Row:
+        contender = f"fastpeft, {gpu.LANES[backend]}" if backend else "fastpeft"
+        taxes = {"forward": gpu.Tax(forward, True, lanes), "training": gpu.Tax(training, False, lanes)}
+        return gpu.Row("boft-b8m4", contender, backend, 16, 24, 3, 0.0, 1.0, taxes)
+
+    rows = [
+        row(None, 1.10, 1.21, "CUDA C++"),
+        row("native", 1.09, 1.20, "CUDA C++"),
+        row("triton", 1.08, 1.1, "Triton"),
+    ]
+    title, _, _, _, forward, training = gpu.choices(rows)
+    assert title.endswith("1 to change in fastpeft/ops/")
+    assert forward == "| 16→24 | 3 | BOFT b8 m4 | forward | CUDA C++ | 1.09 | 1.08 | – | – |"
+    assert training == "| 16→24 | 3 | BOFT b8 m4 | training | CUDA C++ | 1.20* | 1.10* | – | **Triton** × 1.10 |"
+    assert gpu.choices(rows[:2])[0].endswith("the fastest everywhere")
 
 
 def test_the_gpu_bench_without_a_gpu(capsys):
