@@ -1,19 +1,17 @@
-"""Decoding with many adapters in one batch: every row of x names its adapter, LoRA or MoS, or none.
+"""LoRA and MoS for a batch whose rows have different adapters, or none.
 
-With a = adapter[t], y[t] = W x[t] + b + s_a · B_a (A_a x[t]); a row that names none has the base product alone, bit for
-bit. The vectors of all adapters of a layer lie one after the other, so ranks differ and nothing is padded, and one
-launch serves the layer, whichever adapters a batch asks for (csrc/cuda/low_rank_many.cuh). The idea of such a batch is
-Punica's (Chen et al., MLSys 2024, arXiv 2310.18547), that of ranks without padding S-LoRA's (Sheng et al., MLSys 2024,
-arXiv 2311.03285).
+With a the adapter of row t, y[t] = W x[t] + b + s_a · B_a (A_a x[t]); a row that has none keeps the base product alone,
+bit for bit. Vectors lie in arenas, and small tables of indices say which of them make up an adapter: so ranks differ,
+nothing but indices is padded, MoS adapters keep their pools, and one launch serves the layer, whichever adapters a
+batch asks for (csrc/cpu/low_rank_many.cpp, csrc/cuda/low_rank_many.cuh). The idea of such a batch is Punica's (Chen et
+al., MLSys 2024, arXiv 2310.18547), that of ranks without padding S-LoRA's (Sheng et al., MLSys 2024, arXiv 2311.03285).
 
-Forward only: this serves trained adapters. Where there is no compiled kernel, the rows of one adapter are computed
-together, adapter by adapter.
+What a plan is, and what numbers in tables may be: ops/many.py. Forward only: this serves trained adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,47 +20,116 @@ from torch.nn import functional as F
 
 from fastpeft import reference
 from fastpeft.backend import Operator
-from fastpeft.ops import base
+from fastpeft.ops import base, many
 from fastpeft.ops.mos import check_index
 
-# y[t] += s[a] · B_a (A_a x[t]) in place, a = adapter[t]; y and x as rows, tables as ManyAdapters has them.
 LOW_RANK_MANY = Operator(
-    "low_rank_many_(Tensor(a!) y, Tensor x, Tensor shards_A, Tensor? index_A, Tensor shards_B, Tensor? index_B,"
-    " Tensor first, Tensor scaling, Tensor adapter) -> ()",
+    "low_rank_many_(Tensor(a!) y, Tensor x, Tensor arena_A, Tensor index_A, Tensor arena_B, Tensor index_B,"
+    " Tensor rank, Tensor scaling, Tensor rows, Tensor slots) -> ()",
     fake=lambda *_: None,
     order=("native", "torch"),
 )
 
 
-class ManyAdapters(NamedTuple):
-    """The adapters of one layer, packed; see :func:`pack_lora` and :func:`pack_mos`, which make them.
+def low_rank_many_(
+    y: Tensor,  # (T, out)
+    x: Tensor,  # (T, in)
+    arena_A: Tensor,  # (·, in / l)
+    index_A: Tensor,  # (S, r_max, l) int32
+    arena_B: Tensor,  # (·, out / l)
+    index_B: Tensor,  # (S, r_max, l) int32
+    rank: Tensor,  # (S,) int32
+    scaling: Tensor,  # (S,) float32
+    rows: Tensor,  # (T,) int32
+    slots: Tensor,  # (T,) int32
+) -> None:
+    """y[t] += s · B (A x[t]) in place with the adapter of the slot of row t: LoRA, arXiv 2106.09685, and MoS, arXiv
+    2410.00938.
 
-    Row j of the packed A is the l shards index_A[j] of shards_A side by side; row j of the packed Bᵀ likewise. Without
-    an index row j is shard j, and l is 1. Adapter a owns the packed rows first[a] … first[a + 1] − 1: its rank is their
-    number, which may be 0.
+    Row j of a slot's A is the l rows index_A[slot, j] of arena_A side by side; row j of Bᵀ likewise; LoRA has l = 1.
+    Computed in the widest of float32 and the dtypes of x and the arenas, rounded once.
+
+    Args:
+        y: (T, out) in the dtype of x.
+        x: (T, in), any floating-point dtype.
+        arena_A: rows of in / l features.
+        index_A: (S, r_max, l), int32: rows of arena_A.
+        arena_B: rows of out / l features, in the dtype of arena_A.
+        index_B: (S, r_max, l), int32: rows of arena_B.
+        rank: (S,), int32, at most r_max: how many rows of a slot's indices count; 0 where it adds nothing.
+        scaling: (S,), float32.
+        rows: (T,), int32, see ops/many.py.
+        slots: (T,), int32, likewise.
+
+    Raises:
+        ValueError: a shape or a device does not fit, on a CPU a number that is needed is out of range, or an argument
+            requires a gradient while gradients are recorded.
+        TypeError: a dtype does not fit.
+    """
+    x = many.beside(x)
+    backend = many.choose(LOW_RANK_MANY, x, arena_A, y=y, arena_A=arena_A, arena_B=arena_B)
+    tables = index_A, arena_B, index_B, rank, scaling
+    if backend == "native":
+        LOW_RANK_MANY.call("native", y, x, arena_A, *tables, rows, slots)
+        return
+    many.check_rows(x, rows, slots, y)
+    _check_layout(x, ManyAdapters(arena_A, *tables), y.shape[1])
+    if 0 in (y.numel(), x.numel(), arena_A.numel(), arena_B.numel(), index_A.numel()):
+        return
+    add = _add_reference if backend == "reference" else _add
+    add(y, x, ManyAdapters(arena_A, *tables), rows, slots)
+
+
+class ManyAdapters(NamedTuple):
+    """The adapters of one layer, one in each slot; :func:`pack_lora` and :func:`pack_mos` make them. The fields are the
+    arguments of :func:`low_rank_many_` of these names.
     """
 
-    shards_A: Tensor  # (n_A, in / l), floating point
-    index_A: Tensor | None  # (R, l), int32
-    shards_B: Tensor  # (n_B, out / l), the dtype of shards_A
-    index_B: Tensor | None  # (R, l), int32
-    first: Tensor  # (N + 1,), int32
-    scaling: Tensor  # (N,), float32
+    arena_A: Tensor  # (n_A, in / l), floating point
+    index_A: Tensor  # (S, r_max, l), int32
+    arena_B: Tensor  # (n_B, out / l), the dtype of arena_A
+    index_B: Tensor  # (S, r_max, l), int32
+    rank: Tensor  # (S,), int32
+    scaling: Tensor  # (S,), float32
 
     @property
     def in_features(self) -> int:
-        return self.shards_A.shape[1] * (1 if self.index_A is None else self.index_A.shape[1])
+        return self.arena_A.shape[1] * self.index_A.shape[2]
 
     @property
     def out_features(self) -> int:
-        return self.shards_B.shape[1] * (1 if self.index_B is None else self.index_B.shape[1])
+        return self.arena_B.shape[1] * self.index_B.shape[2]
 
-    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The packed rows start … stop − 1 of A, (r, in), and of Bᵀ, (r, out)."""
-        if self.index_A is None or self.index_B is None:
-            return self.shards_A[start:stop], self.shards_B[start:stop]
-        A = self.shards_A[self.index_A[start:stop].long()].flatten(1)
-        return A, self.shards_B[self.index_B[start:stop].long()].flatten(1)
+    def vectors(self, slot: int) -> tuple[Tensor, Tensor]:
+        """A, (r, in), and Bᵀ, (r, out), of a slot."""
+        r = int(self.rank[slot])
+        A, B_transposed = self.arena_A[self.index_A[slot, :r].long()], self.arena_B[self.index_B[slot, :r].long()]
+        return A.reshape(r, self.in_features), B_transposed.reshape(r, self.out_features)
+
+
+def _add(y: Tensor, x: Tensor, tables: ManyAdapters, rows: Tensor, slots: Tensor) -> None:
+    """Row by row with its own matrices, all at once, in sums that no library orders."""
+    arena_A, index_A, arena_B, index_B, rank, scaling = tables
+    wide = torch.promote_types(arena_A.dtype, torch.promote_types(x.dtype, torch.float32))
+    slot = many.slot_of_rows(rows, slots, rank.shape[0])
+    r_max = index_A.shape[1]
+    r = torch.where(slot >= 0, rank[slot.clamp(min=0)], 0)
+    r = many.inside("rank", r, slot >= 0, r_max + 1)
+    for part in many.chunks(x.shape[0], r_max * (tables.in_features + tables.out_features)):
+        counts = torch.arange(r_max, device=x.device) < r[part, None]  # (T, r_max)
+        used, named = counts[..., None].expand(-1, -1, index_A.shape[2]), slot[part].clamp(min=0)
+        A = arena_A[many.inside("index_A", index_A[named], used, arena_A.shape[0])].to(wide).flatten(2)
+        h = (A * x[part, None].to(wide)).sum(-1) * scaling[named, None]
+        B = arena_B[many.inside("index_B", index_B[named], used, arena_B.shape[0])].to(wide).flatten(2)
+        delta = torch.where(counts[..., None], h[..., None] * B, 0).sum(1)
+        y[part] = torch.where(r[part, None] > 0, (y[part].to(wide) + delta).to(y.dtype), y[part])
+
+
+def _add_reference(y: Tensor, x: Tensor, tables: ManyAdapters, rows: Tensor, slots: Tensor) -> None:
+    for slot, members in many.groups(rows, slots, len(tables.rank)).items():
+        A, B_transposed = tables.vectors(slot)
+        delta = reference.lora.lora_weight(A, B_transposed.T, float(tables.scaling[slot]))
+        y[members] += base.dense_linear(x[members], None, None, delta)
 
 
 def pack_lora(adapters: Sequence[tuple[Tensor, Tensor, float]]) -> ManyAdapters:
@@ -83,10 +150,12 @@ def pack_lora(adapters: Sequence[tuple[Tensor, Tensor, float]]) -> ManyAdapters:
         base.check_shape(f"lora_B of adapter {i}", lora_B, (out_features, lora_A.shape[0]))
         _check_like(model, **{f"lora_A of adapter {i}": lora_A, f"lora_B of adapter {i}": lora_B})
     with torch.no_grad():
-        shards_A = torch.cat([lora_A for lora_A, _, _ in adapters])
-        shards_B = torch.cat([lora_B.T for _, lora_B, _ in adapters])
-    first, scaling = _first_and_scaling(model, [(lora_A.shape[0], s) for lora_A, _, s in adapters])
-    packed = ManyAdapters(shards_A, None, shards_B.contiguous(), None, first, scaling)
+        arena_A = torch.cat([lora_A for lora_A, _, _ in adapters])
+        arena_B = torch.cat([lora_B.T for _, lora_B, _ in adapters])
+    numbers = torch.arange(len(arena_A)).split([len(lora_A) for lora_A, _, _ in adapters])
+    index, rank = _pad([part[:, None] for part in numbers], model.device)
+    scaling = torch.tensor([s for _, _, s in adapters], dtype=torch.float32, device=model.device)
+    packed = ManyAdapters(arena_A, index, arena_B.contiguous(), index.clone(), rank, scaling)
     check_tables(packed)
     return packed
 
@@ -112,10 +181,12 @@ def pack_mos(adapters: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, float]]) -
         _check_like(model, **{f"pool_A of adapter {i}": pool_A, f"pool_B of adapter {i}": pool_B})
         for name, index, pool in (("index_A", index_A, pool_A), ("index_B", index_B, pool_B)):
             check_index(f"{name} of adapter {i}", index, pool.shape[0])
-    shards_A, index_A = _join([pool for pool, *_ in adapters], [index for _, index, *_ in adapters])
-    shards_B, index_B = _join([adapter[2] for adapter in adapters], [adapter[3] for adapter in adapters])
-    first, scaling = _first_and_scaling(model, [(adapter[1].shape[0], adapter[4]) for adapter in adapters])
-    packed = ManyAdapters(shards_A, index_A, shards_B, index_B, first, scaling)
+    arena_A, indices_A = _join([pool for pool, *_ in adapters], [index for _, index, *_ in adapters])
+    arena_B, indices_B = _join([adapter[2] for adapter in adapters], [adapter[3] for adapter in adapters])
+    index_A, rank = _pad(indices_A, model.device)
+    index_B, _ = _pad(indices_B, model.device)
+    scaling = torch.tensor([adapter[4] for adapter in adapters], dtype=torch.float32, device=model.device)
+    packed = ManyAdapters(arena_A, index_A, arena_B, index_B, rank, scaling)
     check_tables(packed)
     return packed
 
@@ -129,15 +200,16 @@ def _check_like(model: Tensor, **tensors: Tensor) -> None:
             raise ValueError(f"{name} must be on the device of the first adapter, {model.device}, got {tensor.device}")
 
 
-def _first_and_scaling(model: Tensor, adapters: Sequence[tuple[int, float]]) -> tuple[Tensor, Tensor]:
-    first = [0]
-    for rank, _ in adapters:
-        first.append(first[-1] + rank)
-    scaling = torch.tensor([s for _, s in adapters], dtype=torch.float32, device=model.device)
-    return torch.tensor(first, dtype=torch.int32, device=model.device), scaling
+def _pad(indices: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices (r, l) as one table (S, r_max, l), and their ranks."""
+    rank = [len(index) for index in indices]
+    table = torch.zeros(len(indices), max(rank), indices[0].shape[1], dtype=torch.int32, device=device)
+    for slot, index in enumerate(indices):
+        table[slot, : len(index)] = index
+    return table, torch.tensor(rank, dtype=torch.int32, device=device)
 
 
-def _join(pools: Sequence[Tensor], indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _join(pools: Sequence[Tensor], indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Each different pool once, one after the other, and all indices into that."""
     starts: dict[int, int] = {}
     different: list[Tensor] = []
@@ -148,60 +220,47 @@ def _join(pools: Sequence[Tensor], indices: Sequence[Tensor]) -> tuple[Tensor, T
             different.append(pool)
             total += pool.shape[0]
     with torch.no_grad():
-        shifted = [index + starts[id(pool)] for pool, index in zip(pools, indices, strict=True)]
-        return torch.cat(different), torch.cat(shifted).to(torch.int32)
+        return torch.cat(different), [i + starts[id(pool)] for pool, i in zip(pools, indices, strict=True)]
 
 
 def check_tables(adapters: ManyAdapters) -> None:
-    """Raises unless packed tables fit each other and point only to what is there.
+    """Raises unless tables fit each other and point only to what is there.
 
-    The functions that pack them call this; :func:`low_rank_many` itself looks at shapes alone, because to look at
-    numbers it would wait for the device.
+    The functions that pack them call this; the operators look at numbers on a CPU alone, because to look at them on a
+    GPU is to wait for it.
 
     Raises:
         ValueError: a shape, a device or a number does not fit.
         TypeError: a dtype does not fit.
     """
-    _check_layout(adapters)
-    shards_A, index_A, shards_B, index_B, first, _ = adapters
-    rows = shards_A.shape[0]
-    if index_A is not None and index_B is not None:
-        check_index("index_A", index_A, shards_A.shape[0])
-        check_index("index_B", index_B, shards_B.shape[0])
-        rows = index_A.shape[0]
-    bounds = first.tolist()
-    if bounds[0] != 0 or bounds[-1] != rows or any(stop < start for start, stop in pairwise(bounds)):
-        raise ValueError(f"first must rise from 0 to the number of packed rows, {rows}, got {bounds}")
+    _check_layout(adapters.arena_A, adapters, None)
+    arena_A, index_A, arena_B, index_B, rank, _ = adapters
+    r_max = index_A.shape[1]
+    if rank.numel() and not (0 <= int(rank.min()) and int(rank.max()) <= r_max):
+        raise ValueError(f"rank must lie in [0, {r_max}], got [{int(rank.min())}, {int(rank.max())}]")
+    used = torch.arange(r_max, device=rank.device) < rank[:, None]
+    check_index("index_A", index_A[used], arena_A.shape[0])
+    check_index("index_B", index_B[used], arena_B.shape[0])
 
 
-def _check_layout(adapters: ManyAdapters) -> None:
-    shards_A, index_A, shards_B, index_B, first, scaling = adapters
-    base.check_shape("shards_A", shards_A, ("n_A", "in/l"))
-    base.check_shape("shards_B", shards_B, ("n_B", "out/l"))
-    base.check_floating("shards_A", shards_A)
-    if shards_B.dtype != shards_A.dtype:
-        raise TypeError(f"shards_B must have the dtype of shards_A, {shards_A.dtype}, got {shards_B.dtype}")
-    if (index_A is None) != (index_B is None):
-        given, missing = ("index_B", "index_A") if index_A is None else ("index_A", "index_B")
-        raise ValueError(f"{missing} must be given where {given} is, got None")
-    if index_A is None:
-        base.check_shape("shards_B", shards_B, (shards_A.shape[0], "out"))
-    else:
-        base.check_shape("index_A", index_A, ("R", "l"))
-        base.check_shape("index_B", index_B, tuple(index_A.shape))  # type: ignore[arg-type]
-    base.check_shape("scaling", scaling, ("N",))
-    base.check_shape("first", first, (scaling.shape[0] + 1,))
-    if scaling.dtype != torch.float32:
-        raise TypeError(f"scaling must be float32, got {scaling.dtype}")
-    for name, tensor in zip(adapters._fields, adapters, strict=True):
-        if tensor is None:
-            continue
-        if name in ("index_A", "index_B", "first") and tensor.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, got {tensor.dtype}")
+def _check_layout(x: Tensor, tables: ManyAdapters, out_features: int | None) -> None:
+    """x names a device, and the features where out_features is given."""
+    arena_A, index_A, arena_B, index_B, rank, scaling = tables
+    many.check_table("index_A", index_A, ("S", "r_max", "l"), torch.int32, x)
+    many.check_table("index_B", index_B, tuple(index_A.shape), torch.int32, x)
+    many.check_table("rank", rank, (index_A.shape[0],), torch.int32, x)
+    many.check_table("scaling", scaling, (index_A.shape[0],), torch.float32, x)
+    many.check_arena("arena_A", arena_A, arena_A.shape[-1], x)
+    many.check_arena("arena_B", arena_B, arena_B.shape[-1], x)
+    if arena_B.dtype != arena_A.dtype:
+        raise TypeError(f"arena_B must have the dtype of arena_A, {arena_A.dtype}, got {arena_B.dtype}")
+    for name, tensor in zip(tables._fields, tables, strict=True):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-        if tensor.device != shards_A.device:
-            raise ValueError(f"{name} must be on the device of shards_A, {shards_A.device}, got {tensor.device}")
+    if out_features is not None:
+        for name, found, wanted in (("A", tables.in_features, x.shape[1]), ("B", tables.out_features, out_features)):
+            if found != wanted:
+                raise ValueError(f"arena_{name} must have rows of {wanted} / l features, got {found} / l")
 
 
 def low_rank_many(
@@ -232,56 +291,20 @@ def low_rank_many(
         ValueError: a shape or a device does not fit, or an argument requires a gradient while gradients are recorded.
         TypeError: a dtype does not fit.
     """
-    _check_layout(adapters)
     base.check_base(x, weight, bias, adapters.in_features, adapters.out_features)
     base.check_shape("adapter", adapter, tuple(x.shape[:-1]))
     if adapter.dtype != torch.int32:
         raise TypeError(f"adapter must be int32, got {adapter.dtype}")
-    base.check_same_device(x, shards_A=adapters.shards_A, adapter=adapter)
-    wanting = {"x": x, "weight": weight, "bias": bias, **adapters._asdict()}
-    for name, tensor in wanting.items():
+    base.check_same_device(x, arena_A=adapters.arena_A, adapter=adapter)
+    for name, tensor in {"x": x, "weight": weight, "bias": bias, **adapters._asdict()}.items():
         if base.needs_autograd(tensor):
             raise ValueError(f"{name} must not require a gradient, got requires_grad=True: there is no backward")
-    backend = LOW_RANK_MANY.choose(x, adapters.shards_A)
-    return base.through_autocast(_apply, x, weight, bias, adapters, adapter, backend)
+    return base.through_autocast(_apply, x, weight, bias, adapters, adapter)
 
 
-def _apply(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, adapters: ManyAdapters, adapter: Tensor, backend: str
-) -> Tensor:
-    rows = base.as_rows(x)
-    y = rows.new_zeros(rows.shape[0], adapters.out_features) if weight is None else F.linear(rows, weight, bias)
-    add = {"native": _add_native, "reference": _add_reference}.get(backend, low_rank_many_)
-    add(y, rows, adapters, adapter.flatten())
+def _apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, adapters: ManyAdapters, adapter: Tensor) -> Tensor:
+    flat = base.as_rows(x)
+    y = flat.new_zeros(flat.shape[0], adapters.out_features) if weight is None else F.linear(flat, weight, bias)
+    rows, slots = many.plan_rows(adapter.flatten(), adapters.rank.shape[0])
+    low_rank_many_(y, flat, *adapters, rows, slots)
     return base.like_rows(y, x)
-
-
-def _add_native(y: Tensor, x: Tensor, adapters: ManyAdapters, adapter: Tensor) -> None:
-    # The kernel takes rows at any distance, with their features side by side.
-    x = x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
-    LOW_RANK_MANY.call("native", y, x, *adapters, adapter.contiguous())
-
-
-def _add_reference(y: Tensor, x: Tensor, adapters: ManyAdapters, adapter: Tensor) -> None:
-    for number, (start, stop) in enumerate(pairwise(adapters.first.tolist())):
-        A, B_transposed = adapters.rows(start, stop)
-        delta = reference.lora.lora_weight(A, B_transposed.T, float(adapters.scaling[number]))
-        y[adapter == number] += base.dense_linear(x[adapter == number], None, None, delta)
-
-
-def low_rank_many_(
-    y: Tensor,  # (T, out)
-    x: Tensor,  # (T, in)
-    adapters: ManyAdapters,
-    adapter: Tensor,  # (T,)
-) -> None:
-    """The composition: for each adapter that occurs its rows of x are gathered, and their deltas added into y."""
-    bounds = adapters.first.tolist()
-    wide = torch.promote_types(adapters.shards_A.dtype, torch.float32)
-    for number in adapter.unique().tolist():
-        if not 0 <= number < len(bounds) - 1 or bounds[number] >= bounds[number + 1]:
-            continue
-        (rows,) = (adapter == number).nonzero(as_tuple=True)
-        A, B_transposed = adapters.rows(bounds[number], bounds[number + 1])
-        h = (x[rows].to(wide) @ A.to(wide).T) * adapters.scaling[number]
-        y[rows] = (y[rows] + h @ B_transposed.to(wide)).to(y.dtype)
