@@ -58,7 +58,7 @@ Tensor butterfly_fwd(const Tensor& x_any, const Tensor& blocks_any) {
   STD_TORCH_CHECK(plan.error == nullptr, "butterfly: x of shape (", tokens, ", ", features, ") with ", factors,
                   " factors of block size ", b, ": ", plan.error, " (", max_shared_bytes, " bytes on this GPU)");
   with_type(element, [&]<typename T>() {
-    with_butterfly_kernel_size(kernel_size, [&]<int B>() {
+    with_boft_kernel_size(kernel_size, [&]<int B>() {
       launch_kernel(butterfly_fwd_kernel<T, B>, plan, current_stream(device), static_cast<const T*>(x.const_data_ptr()),
                     q, static_cast<T*>(y.mutable_data_ptr()), tokens, features, x.stride(0), static_cast<int>(factors),
                     static_cast<int>(b), plan.tile);
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> butterfly_bwd(const Tensor& grad_any, const Tensor& x
   const Tensor parts =
       in_parts ? torch::stable::new_empty(blocks, {plan.groups, factors, blocks.size(1), b, b}) : dblocks;
   const cudaStream_t stream = current_stream(device);
-  with_butterfly_kernel_size(kernel_size, [&]<int B>() {
+  with_boft_kernel_size(kernel_size, [&]<int B>() {
     launch_kernel(butterfly_bwd_kernel<B>, plan, stream, element, grad.const_data_ptr(), x.const_data_ptr(), q,
                   need_x ? dx.mutable_data_ptr() : nullptr,
                   need_blocks ? static_cast<float*>(parts.mutable_data_ptr()) : nullptr, tokens, features,

@@ -40,7 +40,7 @@ Tensor cayley_fwd(const Tensor& r_any) {
   if (q.numel() == 0) return q;
   const CayleyPlan plan = plan_for(r_any, "boft_R");
   const Tensor r = torch::stable::contiguous(r_any);
-  with_cayley_kernel_size(cayley_kernel_size(r.size(3)), [&]<int B>() {
+  with_boft_kernel_size(boft_kernel_size(r.size(3)), [&]<int B>() {
     launch_cayley(cayley_fwd_kernel<B>, plan, r, static_cast<const float*>(r.const_data_ptr()),
                   static_cast<float*>(q.mutable_data_ptr()));
   });
@@ -61,7 +61,7 @@ Tensor cayley_bwd(const Tensor& grad_any, const Tensor& q_any) {
   if (dr.numel() == 0) return dr;
   const CayleyPlan plan = plan_for(q_any, "blocks");
   const Tensor grad = torch::stable::contiguous(grad_any), q = torch::stable::contiguous(q_any);
-  with_cayley_kernel_size(cayley_kernel_size(q.size(3)), [&]<int B>() {
+  with_boft_kernel_size(boft_kernel_size(q.size(3)), [&]<int B>() {
     launch_cayley(cayley_bwd_kernel<B>, plan, q, static_cast<const float*>(grad.const_data_ptr()),
                   static_cast<const float*>(q.const_data_ptr()), static_cast<float*>(dr.mutable_data_ptr()));
   });

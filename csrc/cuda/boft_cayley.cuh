@@ -12,40 +12,14 @@
 // Raw pointers only, no allocation, no synchronisation with the host. tests/cuda_host compiles this file for a CPU.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "cuda/boft_launch.cuh"
 
 namespace fastpeft {
 
 // Threads of a thread block, two warps that do not wait for each other: few, because a layer has few blocks (4096
 // features and b = 8, m = 2 are 8192 rows, 128 thread blocks), and what takes time is one row after the other.
 constexpr int kCayleyThreads = 64;
-constexpr int kCayleyMaxBlock = 64;  // a thread for each row
-
-// Block sizes whose rows are in registers; 0 names the kernel for any other, which keeps them in shared memory.
-inline int cayley_kernel_size(int64_t b) {
-  return b == 2 || b == 4 || b == 8 || b == 16 || b == 32 ? static_cast<int>(b) : 0;
-}
-
-// Calls f with the kernel size as a template argument.
-template <typename F>
-void with_cayley_kernel_size(int kernel_size, F&& f) {
-  switch (kernel_size) {
-    case 2:
-      return f.template operator()<2>();
-    case 4:
-      return f.template operator()<4>();
-    case 8:
-      return f.template operator()<8>();
-    case 16:
-      return f.template operator()<16>();
-    case 32:
-      return f.template operator()<32>();
-    default:
-      return f.template operator()<0>();
-  }
-}
+constexpr int kCayleyMaxBlock = 64;  // a thread for each row; in registers where the block size has its own kernel
 
 // Floats from one row of a matrix in shared memory to the next. Where rows are in registers, threads copy whole rows,
 // 16 bytes at a time: with 4 more words the eight threads of a quarter-warp are in different banks from b = 8 on. Else
@@ -67,7 +41,7 @@ inline CayleyPlan plan_cayley(int64_t count, int64_t b) {
     plan.error = "the block size may be up to 64";
     return plan;
   }
-  const bool in_registers = cayley_kernel_size(b) > 0;
+  const bool in_registers = boft_kernel_size(b) > 0;
   const int64_t row_floats = cayley_row_stride(static_cast<int>(b), in_registers);
   const int64_t grid = in_registers ? (count * b + kCayleyThreads - 1) / kCayleyThreads : count;
   if (grid > INT32_MAX) {

@@ -1,9 +1,7 @@
 // How the butterfly kernels are launched: tiles, threads and shared memory. What they compute: boft.cuh.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "cuda/boft_launch.cuh"
 
 namespace fastpeft {
 
@@ -27,29 +25,9 @@ struct ButterflyPlan {
   ButterflyTile tile;
 };
 
-// Block sizes that have a kernel of their own, which reads float4s of `blocks`; 0 names the generic one.
+// Of `blocks` of that size, of which the kernels with a size of their own read float4s.
 inline int butterfly_kernel_size(int64_t b, const void* blocks) {
-  const bool own = b == 2 || b == 4 || b == 8 || b == 16 || b == 32;
-  return own && reinterpret_cast<uintptr_t>(blocks) % 16 == 0 ? static_cast<int>(b) : 0;
-}
-
-// Calls f with the kernel size as a template argument.
-template <typename F>
-void with_butterfly_kernel_size(int kernel_size, F&& f) {
-  switch (kernel_size) {
-    case 2:
-      return f.template operator()<2>();
-    case 4:
-      return f.template operator()<4>();
-    case 8:
-      return f.template operator()<8>();
-    case 16:
-      return f.template operator()<16>();
-    case 32:
-      return f.template operator()<32>();
-    default:
-      return f.template operator()<0>();
-  }
+  return reinterpret_cast<uintptr_t>(blocks) % 16 == 0 ? boft_kernel_size(b) : 0;
 }
 
 __host__ __device__ constexpr int64_t butterfly_tile_floats(int64_t rows, int64_t features) {
@@ -181,14 +159,7 @@ inline ButterflyBwdPlan plan_butterfly_bwd(int64_t tokens, int64_t features, int
   if (count > features) count = features;
 
   const int64_t across = (features + count - 1) / count, row_tiles = (tokens + rows - 1) / rows;
-  int64_t groups = row_tiles;
-  if (need_blocks) {
-    groups = 2 * processors / across;
-    if (groups < 1) groups = 1;
-    if (groups > row_tiles) groups = row_tiles;
-  }
-  const int64_t tiles = (row_tiles + groups - 1) / groups;  // of a group
-  groups = (row_tiles + tiles - 1) / tiles;
+  const auto [tiles, groups] = split_rows(row_tiles, need_blocks ? 2 * processors / across : row_tiles);
   if (groups * across > INT32_MAX || tiles * rows > INT32_MAX) {
     plan.error = "more tiles than a grid can have, or a group";
     return plan;

@@ -10,6 +10,7 @@
 // Raw pointers only, no allocation, no synchronisation with the host. tests/cuda_host compiles this file for a CPU.
 #pragma once
 
+#include "cuda/boft_launch.cuh"
 #include "cuda/element.cuh"
 
 namespace fastpeft {
@@ -45,14 +46,7 @@ inline ScalePlan plan_scale(int64_t tokens, int64_t features, int element_bytes,
   ScalePlan plan{};
   const int64_t width = packed ? 16 / element_bytes : 1, count = kScaleLanes * width;
   const int64_t across = (features + count - 1) / count, row_tiles = (tokens + kScaleTileRows - 1) / kScaleTileRows;
-  int64_t groups = row_tiles;
-  if (!forward) {
-    groups = kScaleBwdBlocks * processors / across;
-    if (groups < 1) groups = 1;
-    if (groups > row_tiles) groups = row_tiles;
-  }
-  const int64_t tiles = (row_tiles + groups - 1) / groups;  // of a group
-  groups = (row_tiles + tiles - 1) / tiles;
+  const auto [tiles, groups] = split_rows(row_tiles, forward ? row_tiles : kScaleBwdBlocks * processors / across);
   if (groups * across > INT32_MAX || tiles * kScaleTileRows > INT32_MAX) {
     plan.error = "more tiles than a grid can have, or a group";
     return plan;

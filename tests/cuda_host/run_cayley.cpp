@@ -14,7 +14,7 @@
 
 namespace fastpeft {
 
-float4 shared_memory[(64 << 10) / sizeof(float4)];
+__shared__ float4 shared_memory[(64 << 10) / sizeof(float4)];
 
 }  // namespace fastpeft
 
@@ -41,7 +41,7 @@ int main(int argc, char** argv) {
   std::string first;
   for (unsigned seed = 0; seed < std::stoul(argv[5]); ++seed) {
     const Buffer out(bytes, offset);
-    with_cayley_kernel_size(cayley_kernel_size(b), [&]<int B>() {
+    with_boft_kernel_size(boft_kernel_size(b), [&]<int B>() {
       launch(plan.grid, plan.block, std::as_writable_bytes(std::span(shared_memory)),
              static_cast<size_t>(plan.shared_bytes), seed, [&] {
                if (mode == "fwd") {
