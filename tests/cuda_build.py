@@ -9,6 +9,8 @@ looked at, and either mended or written down. They belong to one release of nvcc
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import hashlib
 import json
 import os
 import re
@@ -16,7 +18,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -57,41 +61,94 @@ def replayed(call: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
     return [result.clone() for result in results]
 
 
+def inputs_of(source: Path) -> list[Path]:
+    """A source and all that it includes of the project's, each once."""
+    found = [source]
+    for file in found:
+        for name in re.findall(r'^#include [<"](\S+)[>"]', file.read_text(), re.MULTILINE):
+            paths = [path for path in (CUDA_HOST / name, ROOT / "csrc" / name) if path.exists()]
+            found += [path for path in paths if path not in found]
+    return found
+
+
+def made_once(folder: Path, name: str, source: Path, command: Sequence[object], make: Callable[[Path], None]) -> Path:
+    """The file that make(path) writes, which stays until the source, the compiler or the command has changed.
+
+    Processes that test the same files at the same time wait for each other.
+    """
+    version = subprocess.run([str(command[0]), "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(version + " ".join(map(str, command)).encode())
+    for path in inputs_of(source):
+        digest.update(path.read_bytes())
+    made = folder / f"{name}-{digest.hexdigest()[:16]}"
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            for path in folder.glob(f"{name}-*"):
+                if path.stat().st_mtime < time.time() - 24 * 3600:  # until then another process may be using it
+                    path.unlink()
+            unfinished = folder / f"{name}.new"
+            make(unfinished)
+            unfinished.rename(made)
+    return made
+
+
+def run_command(command: Sequence[object]) -> str:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
 def host_builder(folder: Path) -> Callable[..., Path]:
-    """build(name) compiles tests/cuda_host/<name>.cpp once and returns the program.
+    """build(name) compiles tests/cuda_host/<name>.cpp where that is needed and returns the program.
 
     build(name, watched=True) is for programs that watch their own memory accesses, see tests/cuda_host/banks.h.
     """
-    flags = "-std=c++20 -Og -g1 -Wall -Werror -Wno-unknown-pragmas".split()
+    # Shared memory is thread_local, and nothing is to be called before it is used.
+    flags = "-std=c++20 -Og -g1 -Wall -Werror -Wno-unknown-pragmas -fno-extern-tls-init".split()
     flags += [f"-I{CUDA_HOST}", f"-I{ROOT / 'csrc'}"]
 
+    @cache
     def build(name: str, watched: bool = False) -> Path:
-        program, compiled = folder / name, folder / f"{name}.o"
-        if not program.exists():
-            sanitizers = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
-            compiling = ["-fsanitize=thread"] if watched else sanitizers
-            subprocess.run([CXX, *flags, *compiling, "-c", CUDA_HOST / f"{name}.cpp", "-o", compiled], check=True)
-            subprocess.run([CXX, *([] if watched else sanitizers), compiled, "-o", program], check=True)
-        return program
+        sanitizers = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
+        source, compiling = CUDA_HOST / f"{name}.cpp", ["-fsanitize=thread"] if watched else sanitizers
+        command = [CXX, *flags, *compiling, "-c", source]
+
+        def make(path: Path) -> None:
+            with tempfile.TemporaryDirectory() as objects:
+                run_command([*command, "-o", Path(objects, "object.o")])
+                run_command([CXX, *([] if watched else sanitizers), Path(objects, "object.o"), "-o", path])
+
+        return made_once(folder, name, source, command, make)
 
     return build
 
 
-def fixtures() -> tuple[Callable, Callable]:
-    """What every file of these tests has: build, see host_builder, and tensors on the CPU whatever
+def folder_of(config: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where what is built stays from one run to the next, unless pytest is to keep nothing."""
+    kept = getattr(config, "cache", None)
+    return tmp_path_factory.mktemp("cuda") if kept is None else kept.mkdir("cuda")
+
+
+def fixtures() -> tuple[Callable, Callable, Callable]:
+    """What every file of these tests has: build, see host_builder; compile_device; and tensors on the CPU whatever
     FASTPEFT_TEST_DEVICE says, because files are written from there.
     """
 
     @pytest.fixture(scope="module")
-    def build(tmp_path_factory):
-        return host_builder(tmp_path_factory.mktemp("cuda_host"))
+    def build(request, tmp_path_factory):
+        return host_builder(folder_of(request.config, tmp_path_factory))
+
+    @pytest.fixture(scope="module")
+    def compiled(request, tmp_path_factory):
+        return partial(compile_device, folder=folder_of(request.config, tmp_path_factory))
 
     @pytest.fixture(autouse=True)
     def on_the_cpu():
         with torch.device("cpu"):
             yield
 
-    return build, on_the_cpu
+    return build, compiled, on_the_cpu
 
 
 def rare(case: object, first: int) -> list[str]:
@@ -123,18 +180,23 @@ class Kernel:
 
 
 def compile_device(stem: str, folder: Path) -> list[Kernel]:
-    """Compiles csrc/cuda/<stem>.cu for all of ARCHS."""
+    """Compiles csrc/cuda/<stem>.cu for all of ARCHS where that is needed."""
+    source = ROOT / "csrc" / "cuda" / f"{stem}.cu"
     flags = "-std=c++20 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 -Xptxas -v --threads 0 -c".split()
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
     flags += [f"-I{ROOT / 'csrc'}", *(f"-isystem={path}" for path in include_paths("cpu"))]
-    command = [NVCC, *flags, ROOT / "csrc" / "cuda" / f"{stem}.cu", "-o", folder / f"{stem}.o"]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    command = [NVCC, *flags, source]
+
+    def make(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as objects:
+            path.write_text(run_command([*command, "-o", Path(objects, "object.o")]))
+
+    said = made_once(folder, stem, source, [*command, torch.__version__], make).read_text()
     kernels = re.findall(
         r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
         r"Used (\d+) registers(?:[^\n]*?, (\d+) bytes smem)?",
-        result.stdout + result.stderr,
+        said,
         re.DOTALL,
     )
     return [Kernel(name, arch, *(int(number or 0) for number in numbers)) for name, arch, *numbers in kernels]

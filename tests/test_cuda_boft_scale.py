@@ -10,7 +10,7 @@ from cuda_build import DTYPES, fixtures, has_gpu_kernel, needs_cxx, rare, read_r
 
 from fastpeft.ops.boft import scale_rows
 
-build, on_the_cpu = fixtures()
+build, compiled, on_the_cpu = fixtures()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import torch
 from cuda_build import (
     ARCHS,
     check_figures,
-    compile_device,
     fixtures,
     has_gpu_kernel,
     needs_cxx,
@@ -18,7 +17,7 @@ from cuda_build import (
     write_raw,
 )
 
-build, on_the_cpu = fixtures()
+build, compiled, on_the_cpu = fixtures()
 
 
 def cayley(r: torch.Tensor) -> torch.Tensor:
@@ -155,8 +154,8 @@ def test_a_gpu_refuses_large_blocks():
 
 
 @needs_nvcc
-def test_nvcc_compiles_without_spills(tmp_path):
-    kernels = compile_device("boft_cayley", tmp_path)
+def test_nvcc_compiles_without_spills(compiled):
+    kernels = compiled("boft_cayley")
     assert len(kernels) == len(ARCHS) * 2 * 6
     check_figures("boft_cayley", kernels)
     for kernel in kernels:

@@ -17,9 +17,8 @@ from cuda_build import (
     SM_80_SHARED,
     SM_90_SHARED,
     check_figures,
-    compile_device,
+    fixtures,
     has_gpu_kernel,
-    host_builder,
     needs_cxx,
     needs_nvcc,
     read_raw,
@@ -34,9 +33,12 @@ from fastpeft.ops import fourierft
 SCALING = 300.0
 
 
+build, compiled, on_the_cpu = fixtures()
+
+
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return host_builder(tmp_path_factory.mktemp("cuda_host"))("run_fourierft")
+def program(build):
+    return build("run_fourierft")
 
 
 @dataclass(frozen=True)
@@ -410,8 +412,8 @@ def test_operators_on_a_gpu(case, dtype, device="cuda"):
 
 
 @needs_nvcc
-def test_nvcc_compiles_without_spills(tmp_path):
-    kernels = compile_device("fourierft", tmp_path)
+def test_nvcc_compiles_without_spills(compiled):
+    kernels = compiled("fourierft")
     assert len(kernels) == len(ARCHS) * (3 * len(DTYPES) + 1)
     check_figures("fourierft", kernels)
     for kernel in kernels:

@@ -14,7 +14,6 @@ from cuda_build import (
     ARCHS,
     DTYPES,
     check_figures,
-    compile_device,
     fixtures,
     has_gpu_kernel,
     needs_cxx,
@@ -39,7 +38,7 @@ from fastpeft.ops.low_rank_many import (
     pack_mos,
 )
 
-build, on_the_cpu = fixtures()
+build, compiled, on_the_cpu = fixtures()
 
 
 @dataclass(frozen=True)
@@ -272,8 +271,8 @@ def test_operator_on_a_gpu(case, dtypes):
 
 
 @needs_nvcc
-def test_nvcc_compiles_without_spills(tmp_path):
-    kernels = compile_device("low_rank_many", tmp_path)
+def test_nvcc_compiles_without_spills(compiled):
+    kernels = compiled("low_rank_many")
     assert len(kernels) == len(ARCHS) * len(DTYPES)
     check_figures("low_rank_many", kernels)
     for kernel in kernels:

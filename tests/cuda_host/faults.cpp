@@ -1,15 +1,17 @@
-// Tiny kernels with one mistake each, and one without: what cuda_runtime.h must notice. Called by
-// tests/test_cuda_boft.py as `faults name seed`; prints the 64 results of one block of 64 threads.
+// Tiny kernels with one mistake each, and some without: what cuda_runtime.h must notice, and must do. Called by
+// tests/test_cuda_emulator.py as `faults name seed`; prints the 64 results of each of two blocks of 64 threads.
 #include <cuda_runtime.h>
 
 #include <iostream>
 #include <map>
 #include <string>
 
-namespace {
+namespace faults {
 
-constexpr unsigned kThreads = 64;
-float shared_memory[1024];
+constexpr unsigned kThreads = 64, kBlocks = 2;
+__shared__ float shared_memory[1024];
+
+__device__ unsigned place() { return blockIdx.x * kThreads + threadIdx.x; }
 
 // out[i] = in[63 - i], through shared memory.
 template <bool kBarrier, bool kWriteAll, int kShift>
@@ -18,7 +20,17 @@ void reverse_kernel(const float* in, float* out) {
   const unsigned i = threadIdx.x;
   if (kWriteAll || i != 5) shared_memory[i] = in[i];
   if (kBarrier) __syncthreads();
-  out[i] = shared_memory[kThreads - 1 - i + kShift];
+  out[place()] = shared_memory[kThreads - 1 - i + kShift];
+}
+
+// The same through static shared memory; block 1 writes nothing, and must not find what block 0 has left.
+template <int kShift>
+void static_kernel(const float* in, float* out) {
+  __shared__ float tile[kThreads];
+  const unsigned i = threadIdx.x;
+  if (blockIdx.x == 0) tile[i] = in[i];
+  __syncthreads();
+  out[place()] = tile[kThreads - 1 - i + kShift];
 }
 
 // Lane 0 waits for its warp, the others for the whole block.
@@ -43,29 +55,60 @@ void split_kernel(const float*, float*) {
 void early_exit_kernel(const float* in, float* out) {
   if (threadIdx.x >= kThreads / 2) return;
   __syncthreads();
-  out[threadIdx.x] = in[threadIdx.x];
+  out[place()] = in[threadIdx.x];
 }
 
 // Every thread exchanges with the lane whose number differs in the last two bits, and then takes from the next lane and
 // the first.
 void shuffle_kernel(const float* in, float* out) {
   const float across = __shfl_xor_sync(~0u, in[threadIdx.x], 3);
-  out[threadIdx.x] = __shfl_down_sync(~0u, across, 1) + __shfl_sync(~0u, across, 0);
+  out[place()] = __shfl_down_sync(~0u, across, 1) + __shfl_sync(~0u, across, 0);
 }
 
 // Thread 5 has left when its neighbour asks for its value.
 void absent_lane_kernel(const float* in, float* out) {
   if (threadIdx.x == 5) return;
-  out[threadIdx.x] = __shfl_xor_sync(~0u, in[threadIdx.x], 1);
+  out[place()] = __shfl_xor_sync(~0u, in[threadIdx.x], 1);
 }
 
-void partial_mask_kernel(const float* in, float* out) {
-  out[threadIdx.x] = __shfl_xor_sync(0xffff, in[threadIdx.x], 1);
+void partial_mask_kernel(const float* in, float* out) { out[place()] = __shfl_xor_sync(0xffff, in[threadIdx.x], 1); }
+
+// Even lanes vote yes, and the last warp's all do: ballot, any and all, and whether any votes for what nobody does.
+void vote_kernel(const float* in, float* out) {
+  const unsigned i = threadIdx.x;
+  const bool yes = i / 32 == 1 || static_cast<int>(in[i]) % 2 == 0;
+  const unsigned votes = __ballot_sync(~0u, yes);
+  out[place()] = static_cast<float>((votes & 255) + (__any_sync(~0u, yes) ? 256 : 0) +
+                                    (__all_sync(~0u, yes) ? 512 : 0) + (__any_sync(~0u, i > 99) ? 1024 : 0));
 }
 
-}  // namespace
+// Sums over the block of i, in four types, and how many came before: the last of them is 63.
+void atomic_kernel(const float* in, float* out) {
+  __shared__ float sum;
+  __shared__ double wide_sum;
+  __shared__ int count;
+  __shared__ unsigned last;
+  const unsigned i = threadIdx.x;
+  if (i == 0) sum = 0.0f, wide_sum = 0.0, count = 0, last = 0;
+  __syncthreads();
+  atomicAdd(&sum, in[i]);
+  atomicAdd(&wide_sum, in[i]);
+  const int before = atomicAdd(&count, 1);
+  if (before == kThreads - 1) atomicAdd(&last, static_cast<unsigned>(before));
+  __syncthreads();
+  const float results[] = {sum, static_cast<float>(wide_sum), static_cast<float>(count), static_cast<float>(last)};
+  out[place()] = results[i % 4];
+}
+
+void absent_voter_kernel(const float* in, float* out) {
+  if (threadIdx.x == 5) return;
+  out[place()] = static_cast<float>(__ballot_sync(~0u, in[threadIdx.x] > 3));
+}
+
+}  // namespace faults
 
 int main(int argc, char** argv) {
+  using namespace faults;
   if (argc != 3) return 2;
   const std::string name = argv[1];
   const std::map<std::string, void (*)(const float*, float*)> kernels = {
@@ -73,20 +116,25 @@ int main(int argc, char** argv) {
       {"missing_barrier", reverse_kernel<false, true, 0>},
       {"unwritten_shared", reverse_kernel<true, false, 0>},
       {"beyond_shared", reverse_kernel<true, true, 1>},
+      {"static", static_kernel<0>},
+      {"beyond_static", static_kernel<1>},
       {"beyond_global", reverse_kernel<true, true, 0>},  // of an input that is too short
       {"diverging_barriers", diverging_kernel},
       {"split_barrier", split_kernel},
       {"early_exit", early_exit_kernel},
       {"shuffle", shuffle_kernel},
+      {"vote", vote_kernel},
+      {"atomic", atomic_kernel},
       {"absent_lane", absent_lane_kernel},
+      {"absent_voter", absent_voter_kernel},
       {"partial_mask", partial_mask_kernel},
   };
   const auto kernel = kernels.at(name);
   const size_t in_count = name == "beyond_global" ? kThreads - 1 : kThreads;
   const std::unique_ptr<float[]> in(new float[in_count]);
-  std::vector<float> out(kThreads, -1.0f);
+  std::vector<float> out(kBlocks * kThreads, -1.0f);
   std::iota(in.get(), in.get() + in_count, 0.0f);
-  cuda_host::launch(1, kThreads, std::as_writable_bytes(std::span(shared_memory)), kThreads * sizeof(float),
+  cuda_host::launch(kBlocks, kThreads, std::as_writable_bytes(std::span(shared_memory)), kThreads * sizeof(float),
                     static_cast<unsigned>(std::stoul(argv[2])), [&] { kernel(in.get(), out.data()); });
   for (float value : out) std::cout << value << " ";
   std::cout << "\n";

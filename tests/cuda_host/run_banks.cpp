@@ -11,7 +11,7 @@
 namespace fastpeft {
 
 constexpr int64_t kMaxShared = 227 << 10;  // of a thread block on sm_90
-float4 shared_memory[kMaxShared / sizeof(float4)];
+__shared__ float4 shared_memory[kMaxShared / sizeof(float4)];
 
 namespace {
 
@@ -38,7 +38,7 @@ std::map<std::string, unsigned> count(const std::string& mode, int64_t tokens, i
   const ButterflyPlan& plan = mode == "fwd" ? fwd : bwd;
   if (plan.error) fail(plan.error);
   cuda_host::Banks banks(shared);
-  with_butterfly_kernel_size(kernel_size, [&]<int B>() {
+  with_boft_kernel_size(kernel_size, [&]<int B>() {
     cuda_host::launch(plan.grid, plan.block, shared, static_cast<size_t>(plan.shared_bytes), 0, [&] {
       if (mode == "fwd") {
         butterfly_fwd_kernel<T, B>(rows(x), floats(blocks), rows(y), tokens, features, features,

@@ -19,7 +19,7 @@
 namespace fastpeft {
 
 constexpr size_t kMaxShared = 227 << 10;  // of a thread block on sm_90
-float4 shared_memory[kMaxShared / sizeof(float4)];
+__shared__ float4 shared_memory[kMaxShared / sizeof(float4)];
 
 namespace {
 
@@ -76,7 +76,7 @@ void run_bwd(const Arguments& args) {
     const Buffer dx(dx_bytes, 0), dblocks(static_cast<size_t>(size) * sizeof(float), 0);
     const Buffer parts(static_cast<size_t>(size * plan.groups) * sizeof(float), 0);
     const bool add = plan.groups > 1;
-    with_butterfly_kernel_size(kernel_size, [&]<int B>() {
+    with_boft_kernel_size(kernel_size, [&]<int B>() {
       cuda_host::launch(
           plan.grid, plan.block, shared, static_cast<size_t>(plan.shared_bytes), static_cast<unsigned>(seed), [&] {
             butterfly_bwd_kernel<B>(
@@ -113,7 +113,7 @@ void run(const Arguments& args) {
     if (args.tokens > 0) {  // as in the launcher: there are no empty grids
       const int kernel_size = butterfly_kernel_size(args.b, blocks.as<float>());
       const ButterflyPlan plan = plan_for(args, sizeof(T), kernel_size);
-      with_butterfly_kernel_size(kernel_size, [&]<int B>() {
+      with_boft_kernel_size(kernel_size, [&]<int B>() {
         cuda_host::launch(plan.grid, plan.block, shared, static_cast<size_t>(plan.shared_bytes),
                           static_cast<unsigned>(seed), [&] {
                             butterfly_fwd_kernel<T, B>(x.as<T>(), blocks.as<float>(), y.as<T>(), args.tokens,

@@ -24,7 +24,7 @@
 namespace fastpeft::fourier {
 
 constexpr size_t kMaxShared = 227 << 10;  // of a thread block on sm_90
-float4 shared_memory[kMaxShared / sizeof(float4)];
+__shared__ float4 shared_memory[kMaxShared / sizeof(float4)];
 
 namespace {
 

@@ -18,7 +18,7 @@
 
 namespace fastpeft::many {
 
-float4 shared_memory[(48 << 10) / sizeof(float4)];
+__shared__ float4 shared_memory[(48 << 10) / sizeof(float4)];
 
 namespace {
 

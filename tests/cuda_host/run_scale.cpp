@@ -15,7 +15,7 @@
 
 namespace fastpeft {
 
-float4 shared_memory[(48 << 10) / sizeof(float4)];
+__shared__ float4 shared_memory[(48 << 10) / sizeof(float4)];
 
 namespace {
 
