@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from fastpeft.backend import extension
 from fastpeft.config import AdapterConfig
+
+if TYPE_CHECKING:
+    from fastpeft.nn.served import Serving
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,15 @@ class Adapter(nn.Module):
     @classmethod
     def check_file(cls, adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], source: str) -> None:
         """Raises ValueError for values in a file's tensors (of the right keys and shapes) that would do harm."""
+
+    @classmethod
+    def serve(cls, config: Any, sites: Sequence[Site], dtype: torch.dtype) -> Serving:
+        """What an adapter on these layers puts into a bank of this dtype, see fastpeft.nn.served.
+
+        Raises:
+            ValueError: the configuration does not fit a site, or banks do not serve it; the message says why.
+        """
+        raise ValueError(f"{config.peft_type} adapters are not served by a bank: there is no grouped operator for them")
 
 
 def parameter_of(module: nn.Module, name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ from fastpeft.config import AdapterConfig, require_bool, require_int, require_pr
 from fastpeft.nn.adapter import Adapter, Site, parameter_of
 from fastpeft.nn.cached import Cached
 from fastpeft.nn.linear import AdaptedLinear
+from fastpeft.nn.served import Column, Expected, Family, Part, Rows, Serving, Tensors, check_finite, stack_rows
 from fastpeft.ops.boft import (
     apply_boft,
     apply_butterfly,
@@ -23,6 +24,7 @@ from fastpeft.ops.boft import (
     rotated_linear,
     scale_rows,
 )
+from fastpeft.ops.boft_many import boft_rotate_many, boft_scale_many_
 
 
 @dataclass(kw_only=True)
@@ -59,6 +61,48 @@ class BOFTConfig(AdapterConfig):
         require_bool("init_weights", self.init_weights)
 
 
+@dataclass(frozen=True)
+class BOFTFamily(Family):
+    """Rotations by m factors of blocks of size b, which lie in the arena as the Cayley transform has made them."""
+
+    rotates = True
+    block_size: int
+    factors: int
+
+    def columns(self, max_rank: int) -> dict[str, Column]:
+        row = Column(empty=-1, numbers_rows=True)
+        return {"row_blocks": row, "row_scale": row}
+
+    def arenas(self, site: Site, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]] | None:
+        if butterfly_misfit(site.in_features, self.block_size, self.factors):
+            return None
+        wide = torch.promote_types(dtype, torch.float32)
+        width = self.factors * site.in_features * self.block_size
+        return {"arena_blocks": ((width,), wide), "arena_scale": ((site.out_features,), wide)}
+
+    def rotate(self, x: Tensor, tables: dict[str, Tensor], rows: Tensor, slots: Tensor) -> Tensor:
+        blocks = tables["arena_blocks"], tables["row_blocks"], self.factors, self.block_size
+        return boft_rotate_many(x, *blocks, rows, slots)
+
+    def scale_(self, y: Tensor, bias: Tensor | None, tables: dict[str, Tensor], rows: Tensor, slots: Tensor) -> None:
+        boft_scale_many_(y, bias, tables["arena_scale"], tables["row_scale"], rows, slots)
+
+
+def block_size_for(config: BOFTConfig, site: Site) -> int:
+    """b for a layer.
+
+    Raises:
+        ValueError: the layer cannot be rotated so.
+    """
+    features, factors = site.in_features, config.boft_n_butterfly_factor
+    if config.boft_block_num and features % config.boft_block_num:
+        raise site.error(f"boft_block_num={config.boft_block_num} does not divide its in_features, {features}")
+    block_size = features // config.boft_block_num if config.boft_block_num else config.boft_block_size
+    if reason := butterfly_misfit(features, block_size, factors):
+        raise site.error(f"boft_block_size={block_size}, boft_n_butterfly_factor={factors}: {reason}")
+    return block_size
+
+
 class BOFTAdapter(Adapter):
     config_class = BOFTConfig
     rotates = True
@@ -67,14 +111,7 @@ class BOFTAdapter(Adapter):
     def __init__(self, config: BOFTConfig, site: Site) -> None:
         super().__init__(config, site)
         features, factors = site.in_features, config.boft_n_butterfly_factor
-        if config.boft_block_num:
-            if features % config.boft_block_num:
-                raise site.error(f"boft_block_num={config.boft_block_num} does not divide its in_features, {features}")
-            block_size = features // config.boft_block_num
-        else:
-            block_size = config.boft_block_size
-        if reason := butterfly_misfit(features, block_size, factors):
-            raise site.error(f"boft_block_size={block_size}, boft_n_butterfly_factor={factors}: {reason}")
+        block_size = block_size_for(config, site)
         self.dropout_p = config.boft_dropout
         self.boft_R = site.parameter(factors, features // block_size, block_size, block_size)
         self.boft_s = site.parameter(site.out_features, 1, fill=1.0)
@@ -86,7 +123,7 @@ class BOFTAdapter(Adapter):
     @classmethod
     def reconcile(cls, config: BOFTConfig, tensors: Mapping[str, Tensor]) -> BOFTConfig:
         """PEFT falls back to one factor where its CUDA helper does not build, and its file goes on naming more."""
-        factors = {t.shape[0] for key, t in tensors.items() if key.endswith(".boft_R") and t.dim() == 4}
+        factors = {t.shape[0] for key, t in tensors.items() if key.endswith(".boft_R") and len(t.shape) == 4}
         if factors == {1} and config.boft_n_butterfly_factor > 1:
             warnings.warn(
                 f"the file says boft_n_butterfly_factor={config.boft_n_butterfly_factor}, but its tensors have one "
@@ -95,6 +132,50 @@ class BOFTAdapter(Adapter):
             )
             return BOFTConfig(**{**vars(config), "boft_n_butterfly_factor": 1})
         return config
+
+    @classmethod
+    def serve(cls, config: BOFTConfig, sites: Sequence[Site], dtype: torch.dtype) -> Serving:
+        by_size: dict[int, list[Site]] = {}
+        for site in sites:
+            by_size.setdefault(block_size_for(config, site), []).append(site)
+        tensors: dict[str, Expected] = {}
+        parts = [cls._serve_part(config, size, members, dtype, tensors) for size, members in by_size.items()]
+        return Serving(tensors, parts)
+
+    @classmethod
+    def _serve_part(
+        cls, config: BOFTConfig, size: int, sites: list[Site], dtype: torch.dtype, tensors: dict[str, Expected]
+    ) -> Part:
+        factors, wide = config.boft_n_butterfly_factor, torch.promote_types(dtype, torch.float32)
+        keys = {site.path: f"base_model.model.{site.path}." for site in sites}
+        for site in sites:
+            tensors[keys[site.path] + "boft_R"] = Expected((factors, site.in_features // size, size, size))
+            tensors[keys[site.path] + "boft_s"] = Expected((site.out_features, 1))
+        rows, row_scale = stack_rows([(keys[site.path] + "boft_s", True, 1, site.out_features) for site in sites], wide)
+        row_blocks = torch.empty(len(sites), dtype=torch.int64)
+        for features in dict.fromkeys(site.in_features for site in sites):
+            members = [i for i, site in enumerate(sites) if site.in_features == features]
+            row_blocks[members] = torch.arange(len(members)) + sum(each.count for each in rows)
+            fill = cls._fill_blocks([keys[sites[i].path] + "boft_R" for i in members], wide)
+            rows.append(Rows(len(members), factors * features * size, wide, fill))
+
+        def entries(*_: object) -> dict[str, Tensor]:
+            return {"row_blocks": row_blocks, "row_scale": row_scale}
+
+        numbers = sum(factors * site.in_features * size + site.out_features for site in sites)
+        return Part(BOFTFamily(size, factors), sites, rows, entries, expanded_numbers=numbers)
+
+    @staticmethod
+    def _fill_blocks(keys: list[str], wide: torch.dtype) -> Callable[[Tensors, Tensor], object]:
+        """All layers in one call: (layers · m, in / b, b, b)."""
+
+        def fill(tensors: Tensors, out: Tensor) -> None:
+            trained = torch.cat([tensors[key] for key in keys]).to(wide)
+            check_finite("boft_R", trained)  # an infinite block may have a finite transform
+            with torch.no_grad():
+                out.copy_(boft_blocks(trained).view(out.shape))
+
+        return fill
 
     def blocks(self) -> Tensor:
         """The orthogonal blocks, (m, in / b, b, b), with dropout while training."""

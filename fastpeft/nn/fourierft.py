@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from fastpeft.config import AdapterConfig, require_bool, require_finite, require_int, require_pattern
 from fastpeft.nn.adapter import Adapter, Site, parameter_of
 from fastpeft.nn.linear import AdaptedLinear
+from fastpeft.nn.served import Column, Expected, Family, Part, Rows, Serving, Tensors, stack_rows
 from fastpeft.ops.fourierft import Tables, apply_fourier, fourier_weight, make_tables, merge_fourier
+from fastpeft.ops.fourierft_many import fourier_many_
 
 
 @dataclass(kw_only=True)
@@ -63,6 +65,25 @@ def frequency_for(path: str, config: FourierFTConfig) -> int:
     return pattern.get(key, config.n_frequency)
 
 
+def draw_places(shape: tuple[int, int], n: int, seed: int, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Rows and columns, (n,) each, int64, on the CPU, of the entries of a (out, in) spectrum.
+
+    The first n of a seeded permutation of all places, in PEFT as in the authors' code.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randperm(shape[0] * shape[1], generator=generator, device="cpu")[:n]
+    width = shape[0] if transposed else shape[1]
+    rows, cols = places // width, places % width
+    return (cols, rows) if transposed else (rows, cols)
+
+
+def checked_frequency(config: FourierFTConfig, site: Site) -> int:
+    n, entries = frequency_for(site.path, config), site.in_features * site.out_features
+    if n > entries:
+        raise site.error(f"n_frequency must be at most in_features * out_features = {entries}, got {n}")
+    return n
+
+
 class FourierPlaces:
     """The places of one shape and seed, and the operator's tables for them on every device where they are used.
 
@@ -71,13 +92,7 @@ class FourierPlaces:
 
     def __init__(self, shape: tuple[int, int], n: int, seed: int, transposed: bool) -> None:
         self.shape, self.n, self.seed, self.transposed = shape, n, seed, transposed
-        # The first n of a seeded permutation of all places, in PEFT as in the authors' code.
-        generator = torch.Generator().manual_seed(seed)
-        places = torch.randperm(shape[0] * shape[1], generator=generator, device="cpu")[:n]
-        width = shape[0] if transposed else shape[1]
-        self.rows, self.cols = places // width, places % width
-        if transposed:
-            self.rows, self.cols = self.cols, self.rows
+        self.rows, self.cols = draw_places(shape, n, seed, transposed)
         self._tables = {torch.device("cpu"): make_tables(self.rows, self.cols, shape)}
 
     def tables(self, device: torch.device) -> Tables:
@@ -106,16 +121,33 @@ def places_for(shape: tuple[int, int], n: int, seed: int, transposed: bool = Fal
     return places
 
 
+@dataclass(frozen=True)
+class FourierFamily(Family):
+    """Spectra of n entries. The places are rows as well, one for each shape and seed."""
+
+    n: int
+
+    def columns(self, max_rank: int) -> dict[str, Column]:
+        row = Column(empty=-1, numbers_rows=True)
+        return {"row_spectrum": row, "place": row, "scaling": Column(dtype=torch.float32)}
+
+    def arenas(self, site: Site, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {
+            "arena_spectrum": ((self.n,), torch.promote_types(dtype, torch.float32)),
+            "places": ((2, self.n), torch.int32),
+        }
+
+    def add_(self, y: Tensor, x: Tensor, tables: dict[str, Tensor], rows: Tensor, slots: Tensor) -> None:
+        fourier_many_(y, x, **tables, rows=rows, slots=slots)
+
+
 class FourierFTAdapter(Adapter):
     config_class = FourierFTConfig
     file_keys: ClassVar = {"spectrum": "fourierft_spectrum"}
 
     def __init__(self, config: FourierFTConfig, site: Site) -> None:
         super().__init__(config, site)
-        self.n = frequency_for(site.path, config)
-        entries = site.in_features * site.out_features
-        if self.n > entries:
-            raise site.error(f"n_frequency must be at most in_features * out_features = {entries}, got {self.n}")
+        self.n = checked_frequency(config, site)
         self.scaling = config.scaling
         shape = (site.out_features, site.in_features)
         self.places = places_for(shape, self.n, config.random_loc_seed, config.transposed)
@@ -127,6 +159,43 @@ class FourierFTAdapter(Adapter):
         """Under other keys if transposed: PEFT has no such convention and is not to take the numbers for its own."""
         transposed = any(isinstance(each, FourierFTAdapter) and each.places.transposed for each in adapters.values())
         return {f"{key}_transposed" if transposed else key: value for key, value in super().pack(adapters).items()}
+
+    @classmethod
+    def serve(cls, config: FourierFTConfig, sites: Sequence[Site], dtype: torch.dtype) -> Serving:
+        by_n: dict[int, list[Site]] = {}
+        for site in sites:
+            by_n.setdefault(checked_frequency(config, site), []).append(site)
+        end = cls.file_keys["spectrum"] + ("_transposed" if config.transposed else "")
+        keys = {site.path: f"base_model.model.{site.path}.{end}" for site in sites}
+        tensors = {keys[site.path]: Expected((n,)) for n, members in by_n.items() for site in members}
+        parts = [cls._serve_part(config, n, members, keys, dtype) for n, members in by_n.items()]
+        return Serving(tensors, parts)
+
+    @classmethod
+    def _serve_part(
+        cls, config: FourierFTConfig, n: int, sites: list[Site], keys: Mapping[str, str], dtype: torch.dtype
+    ) -> Part:
+        wide = torch.promote_types(dtype, torch.float32)
+        rows, row_spectrum = stack_rows([(keys[site.path], False, 1, n) for site in sites], wide)
+        shapes = [(site.out_features, site.in_features) for site in sites]
+        place_of: dict[tuple[int, int], int] = {}
+        for shape in dict.fromkeys(shapes):
+            drawn = shape, n, config.random_loc_seed, config.transposed
+
+            def fill(_: Tensors, out: Tensor, drawn: tuple = drawn) -> None:
+                out.copy_(torch.stack(draw_places(*drawn)).view(out.shape))
+
+            place_of[shape] = len(sites) + len(place_of)
+            rows.append(Rows(1, 2 * n, torch.int32, fill, key=("places", *drawn)))
+
+        def entries(*_: object) -> dict[str, Tensor]:
+            return {
+                "row_spectrum": row_spectrum,
+                "place": torch.tensor([place_of[shape] for shape in shapes]),
+                "scaling": torch.full((len(sites),), float(config.scaling)),
+            }
+
+        return Part(FourierFamily(n), sites, rows, entries, expanded_numbers=n * len(sites))
 
     def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         tables = self.places.tables(x.device)

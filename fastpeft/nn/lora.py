@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fastpeft import reference
@@ -25,7 +26,9 @@ from fastpeft.config import (
 )
 from fastpeft.nn.adapter import Adapter, Site, dropout_p, make_dropout, parameter_of
 from fastpeft.nn.linear import AdaptedLinear
+from fastpeft.nn.served import Column, Expected, Family, Part, Serving, Tensors, stack_rows
 from fastpeft.ops.lora import apply_lora
+from fastpeft.ops.low_rank_many import low_rank_many_
 
 
 @dataclass(kw_only=True)
@@ -67,6 +70,26 @@ class LoraConfig(AdapterConfig):
         require_pattern("alpha_pattern", self.alpha_pattern, require_finite)
 
 
+@dataclass(frozen=True)
+class LowRankFamily(Family):
+    """s · B A with rows of A and Bᵀ that are shards side by side: LoRA has one shard in a row, MoS several."""
+
+    shards: int
+
+    def columns(self, max_rank: int) -> dict[str, Column]:
+        index = Column((max_rank, self.shards), numbers_rows=True)
+        return {"index_A": index, "index_B": index, "rank": Column(), "scaling": Column(dtype=torch.float32)}
+
+    def arenas(self, site: Site, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]] | None:
+        if site.in_features % self.shards or site.out_features % self.shards:
+            return None
+        widths = {"arena_A": site.in_features // self.shards, "arena_B": site.out_features // self.shards}
+        return {name: ((width,), dtype) for name, width in widths.items()}
+
+    def add_(self, y: Tensor, x: Tensor, tables: dict[str, Tensor], rows: Tensor, slots: Tensor) -> None:
+        low_rank_many_(y, x, **tables, rows=rows, slots=slots)
+
+
 class LoRAAdapter(Adapter):
     config_class = LoraConfig
     file_keys: ClassVar = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
@@ -92,6 +115,46 @@ class LoRAAdapter(Adapter):
         from fastpeft.nn.dora import DoRAAdapter  # which builds on this file
 
         return [(DoRAAdapter if config.use_dora else LoRAAdapter)(config, site) for site in sites]
+
+    @classmethod
+    def serve(cls, config: LoraConfig, sites: Sequence[Site], dtype: torch.dtype) -> Serving:
+        if config.use_dora:
+            raise ValueError(
+                "use_dora=True is not served by a bank: DoRA divides by the norms of W + s · B A, which are the "
+                "layer's and not the adapter's"
+            )
+        ranks = [value_for(site.path, config.rank_pattern, config.r) for site in sites]
+        scaling = [
+            reference.lora.lora_scaling(
+                rank, value_for(site.path, config.alpha_pattern, config.lora_alpha), config.use_rslora
+            )
+            for site, rank in zip(sites, ranks, strict=True)
+        ]
+        tensors: dict[str, Expected] = {}
+        matrices: list[tuple[str, bool, int, int]] = []
+        for site, rank in zip(sites, ranks, strict=True):
+            key_A, key_B = (
+                f"base_model.model.{site.path}.{LoRAAdapter.file_keys[name]}" for name in ("lora_A", "lora_B")
+            )
+            tensors[key_A] = Expected((rank, site.in_features))
+            tensors[key_B] = Expected((site.out_features, rank))
+            matrices += [(key_A, False, rank, site.in_features), (key_B, True, rank, site.out_features)]
+        rows, starts = stack_rows(matrices, dtype)
+
+        def entries(_: Tensors, max_rank: int) -> dict[str, Tensor]:
+            rank = torch.tensor(ranks)
+            # What lies past the rank does not count, and is a row of the adapter's own all the same.
+            row = torch.minimum(torch.arange(max_rank), rank[:, None] - 1)
+            index = starts.view(-1, 2, 1) + row[:, None]
+            return {
+                "index_A": index[:, 0, :, None],
+                "index_B": index[:, 1, :, None],
+                "rank": rank,
+                "scaling": torch.tensor(scaling),
+            }
+
+        numbers = sum(rank * (site.in_features + site.out_features) for site, rank in zip(sites, ranks, strict=True))
+        return Serving(tensors, [Part(LowRankFamily(1), sites, rows, entries, max(ranks, default=0), numbers)])
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         p = dropout_p(self.dropout) if self.dropout_p > 0 else 0.0

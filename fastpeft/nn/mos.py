@@ -21,6 +21,8 @@ from fastpeft import reference
 from fastpeft.config import MOST_RANK, AdapterConfig, require_bool, require_finite, require_int, require_probability
 from fastpeft.nn.adapter import Adapter, Site, dropout_p, make_dropout, parameter_of
 from fastpeft.nn.linear import AdaptedLinear
+from fastpeft.nn.lora import LowRankFamily
+from fastpeft.nn.served import Expected, Part, Serving, Tensors, stack_rows
 from fastpeft.ops.lora import apply_lora
 from fastpeft.ops.mos import apply_mos, assemble, check_index
 
@@ -86,6 +88,31 @@ def kind_of(path: str, out_features: int, in_features: int) -> str:
     return f"{path.rpartition('.')[2]}.{out_features}x{in_features}"
 
 
+def sites_by_kind(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    kinds: dict[str, list[Site]] = {}
+    for site in sites:
+        kinds.setdefault(kind_of(site.path, site.out_features, site.in_features), []).append(site)
+    return kinds
+
+
+def check_kind(config: MosConfig, kind: str, sites: Sequence[Site]) -> None:
+    """Raises ValueError where these layers, all there are of one kind, cannot have such an adapter."""
+    first, n_layers, shards = sites[0], len(sites), config.shards_per_vector
+    for name, size in (("in", first.in_features), ("out", first.out_features)):
+        if size % shards:
+            raise first.error(f"shards_per_vector={shards} does not divide its {name}_features, {size}")
+    wanted, public = (
+        (config.r - config.private_rank) * shards,
+        (config.pool_rank - config.private_rank) * n_layers * shards,
+    )
+    if wanted > public:
+        raise first.error(
+            f"r={config.r} with private_rank={config.private_rank} draws {wanted} public shards, but the pool of "
+            f"pool_rank={config.pool_rank} for {n_layers} layer(s) of kind {kind!r} has {public}: raise pool_rank "
+            "or lower r"
+        )
+
+
 class MoSAdapter(Adapter):
     """A layer's view of its kind's pools. The pools are the same Parameter objects in all layers of the kind."""
 
@@ -115,12 +142,9 @@ class MoSAdapter(Adapter):
 
     @classmethod
     def build(cls, config: MosConfig, sites: Sequence[Site]) -> list[Adapter]:
-        kinds: dict[str, list[Site]] = {}
-        for site in sites:
-            kinds.setdefault(kind_of(site.path, site.out_features, site.in_features), []).append(site)
         made = {
             site.path: adapter
-            for kind, members in kinds.items()
+            for kind, members in sites_by_kind(sites).items()
             for site, adapter in zip(members, cls._build_kind(config, kind, members), strict=True)
         }
         return [made[site.path] for site in sites]
@@ -128,25 +152,13 @@ class MoSAdapter(Adapter):
     @classmethod
     def _build_kind(cls, config: MosConfig, kind: str, sites: list[Site]) -> list[Adapter]:
         first, n_layers, shards = sites[0], len(sites), config.shards_per_vector
-        for name, size in (("in", first.in_features), ("out", first.out_features)):
-            if size % shards:
-                raise first.error(f"shards_per_vector={shards} does not divide its {name}_features, {size}")
+        check_kind(config, kind, sites)
         for site in sites:
             if (site.device, site.dtype) != (first.device, first.dtype):
                 raise site.error(
                     f"is on {site.device} in {site.dtype}, but {first.path!r}, which would share its pool, is on "
                     f"{first.device} in {first.dtype}"
                 )
-        wanted, public = (
-            (config.r - config.private_rank) * shards,
-            (config.pool_rank - config.private_rank) * n_layers * shards,
-        )
-        if wanted > public:
-            raise first.error(
-                f"r={config.r} with private_rank={config.private_rank} draws {wanted} public shards, but the pool of "
-                f"pool_rank={config.pool_rank} for {n_layers} layer(s) of kind {kind!r} has {public}: raise pool_rank "
-                "or lower r"
-            )
         n_shards = config.pool_rank * n_layers * shards
         pool_A = first.parameter(n_shards, first.in_features // shards)
         pool_B = first.parameter(n_shards, first.out_features // shards)
@@ -185,6 +197,46 @@ class MoSAdapter(Adapter):
                 if tensors[key].dtype not in (torch.int64, torch.int32):
                     raise ValueError(f"{source}: {key} must hold integers, got {tensors[key].dtype}")
                 check_index(f"{source}: {key}", tensors[key], adapter.pool_A.shape[0])
+
+    @classmethod
+    def serve(cls, config: MosConfig, sites: Sequence[Site], dtype: torch.dtype) -> Serving:
+        """Pools stay pools: a layer's rows are named shard by shard."""
+        rank, shards = config.r, config.shards_per_vector
+        tensors: dict[str, Expected] = {}
+        pools: list[tuple[str, bool, int, int]] = []  # A and B of each kind
+        pool_of: dict[str, int] = {}  # a layer's path -> its kind, as a number
+        for number, (kind, members) in enumerate(sites_by_kind(sites).items()):
+            check_kind(config, kind, members)
+            first, n_shards = members[0], config.pool_rank * len(members) * shards
+            for side, features in (("A", first.in_features), ("B", first.out_features)):
+                key, width = f"pools.{kind}.pool_{side}", features // shards
+                tensors[key] = Expected((n_shards, width))
+                pools.append((key, False, n_shards, width))
+            for site in members:
+                pool_of[site.path] = number
+                for name in ("index_A", "index_B"):
+                    tensors[f"layers.{site.path}.{name}"] = Expected((rank, shards), integers=True)
+        rows, starts = stack_rows(pools, dtype)
+        kinds = torch.tensor([pool_of[site.path] for site in sites], dtype=torch.int64)
+        sizes = torch.tensor([count for _, _, count, _ in pools[::2]], dtype=torch.int64)[kinds]
+
+        def entries(tensors: Tensors, max_rank: int) -> dict[str, Tensor]:
+            found = {
+                "rank": torch.full((len(sites),), rank),
+                "scaling": torch.full((len(sites),), reference.lora.lora_scaling(rank, config.lora_alpha, False)),
+            }
+            for side, name in enumerate(("index_A", "index_B")):
+                index = torch.stack([tensors[f"layers.{site.path}.{name}"] for site in sites]).long()  # (layers, r, l)
+                outside = ((index < 0) | (index >= sizes[:, None, None])).flatten(1).any(1)
+                if bool(outside.any()):
+                    worst = int(outside.nonzero()[0])
+                    check_index(f"layers.{sites[worst].path}.{name}", index[worst], int(sizes[worst]))
+                row = torch.arange(max_rank).clamp(max=rank - 1)  # what lies past the rank does not count
+                found[name] = index[:, row] + starts.view(-1, 2)[kinds, side][:, None, None]
+            return found
+
+        numbers = sum(rank * (site.in_features + site.out_features) for site in sites)
+        return Serving(tensors, [Part(LowRankFamily(shards), sites, rows, entries, rank, numbers)])
 
     @property
     def _is_fsdp_managed_module(self) -> bool:

@@ -1,0 +1,105 @@
+"""A layer that serves: the base layer, and before and after it what the adapters of the batch's rows add.
+
+As in ``nn/linear.py`` a module changes its class and stays what it was: its Parameters, state-dict keys and hooks. A
+copy and a pickle of it are the base layer again.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.ops import base
+
+if TYPE_CHECKING:
+    from fastpeft.serving.bank import AdapterBank
+    from fastpeft.serving.plan import Batch
+
+
+class Served(nn.Module):
+    """The part of a serving layer that does not depend on its base; comes before the base class."""
+
+    _bank: AdapterBank
+    _number: int  # among the bank's layers
+    _base_class: ClassVar[type[nn.Module]]
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # named as nn.Linear names it
+        plan = self._bank._current()
+        if plan is None:
+            return super().forward(input, *args, **kwargs)
+        base.check_input(input, self._bank.sites[self._number].in_features, None)
+        batch = plan.batch(input)
+        if torch._C._is_any_autocast_enabled() and base.autocast_enabled(input):
+            return self._serve_cast(batch, input, *args, **kwargs)
+        y = super().forward(self._rotated(batch, input), *args, **kwargs)
+        return self._adapted(batch, input, y)
+
+    def _serve_cast(self, batch: Batch, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Autocast is the base's alone: what is beside it chooses its dtypes by hand."""
+        with base.without_autocast(input):
+            z = self._rotated(batch, input)
+        y = super().forward(z, *args, **kwargs)
+        with base.without_autocast(input):
+            return self._adapted(batch, input, y)
+
+    def _rotated(self, batch: Batch, x: Tensor) -> Tensor:
+        z = x
+        for tables, touched, rows, slots in batch.rotations:
+            found = tables.layers[self._number]
+            if found is not None and touched >> self._number & 1:
+                z = tables.family.rotate(base.as_rows(z), found, rows, slots).view(x.shape)
+        return z
+
+    def _adapted(self, batch: Batch, x: Tensor, y: Tensor) -> Tensor:
+        if y.requires_grad:
+            raise RuntimeError(
+                "a bank serves, it does not train: call the model under torch.no_grad() or torch.inference_mode()"
+            )
+        y = y.contiguous()
+        flat = base.as_rows(y)
+        inputs = None
+        for tables, touched, rows, slots in batch.rotations:
+            found = tables.layers[self._number]
+            if found is not None and touched >> self._number & 1:
+                bias = getattr(self, "bias", None)
+                tables.family.scale_(flat, None if bias is None else bias.to(y.dtype), found, rows, slots)
+        for tables, touched, rows, slots in batch.deltas:
+            found = tables.layers[self._number]
+            if found is not None and touched >> self._number & 1:
+                if inputs is None:
+                    inputs = base.as_rows(x).to(y.dtype)
+                tables.family.add_(flat, inputs, found, rows, slots)
+        return y
+
+
+@cache
+def served_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The serving subclass of a layer class, one for each."""
+    members = {"__reduce_ex__": _reduce_ex, "__module__": __name__, "_base_class": cls}
+    return type(f"Served[{cls.__name__}]", (Served, cls), members)
+
+
+def attach(module: nn.Module, bank: AdapterBank, number: int) -> None:
+    module.__dict__.update(_bank=bank, _number=number)
+    module.__class__ = served_class(type(module))  # type: ignore[arg-type]
+
+
+def detach(module: nn.Module) -> None:
+    """Undoes attach."""
+    for name in ("_bank", "_number"):
+        del module.__dict__[name]
+    module.__class__ = module._base_class  # type: ignore[assignment]
+
+
+def _reduce_ex(self: Any, protocol: Any) -> Any:
+    state = dict(self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__)
+    for name in ("_bank", "_number"):
+        state.pop(name, None)
+    return _restore, (self._base_class,), state
+
+
+def _restore(cls: type[nn.Module]) -> nn.Module:
+    return cls.__new__(cls)
