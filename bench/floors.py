@@ -33,7 +33,7 @@ from torch.utils.flop_counter import flop_registry
 
 PEAK_BYTES, PEAK_OPERATIONS = 4.3e12, 790e12  # per second, of an H200 in bfloat16
 PROCESSORS, SHARED_MEMORY = 132, 227 * 1024
-MODULES = ("low_rank", "lora", "mos", "boft", "boft_cayley", "boft_wide", "fourierft", "dft")
+MODULES = ("low_rank", "lora", "mos", "boft", "boft_cayley", "boft_scale", "boft_wide", "fourierft", "dft")
 # T <= 16, T >= 2048, training
 TARGETS = {
     "lora-r16": (1.05, 1.04, 1.10),

@@ -11,7 +11,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 from fastpeft.kernels import boft as kernel
-from fastpeft.kernels import boft_cayley, device
+from fastpeft.kernels import boft_cayley, boft_scale, device
 from gpu_compile import check_records, compiled_cases, meta
 
 import fastpeft
@@ -238,8 +238,8 @@ def test_scale(dtype, shape, with_bias):
     bias = torch.randn(2 * shape[1], generator=generator).to(DTYPES[dtype])[::2] if with_bias else None
     scale = 1 + torch.randn(shape[1], 3, generator=generator)[:, 1:2]
     y = torch.empty_like(y0)
-    kernel.scale_fwd(y0, bias, scale, y)
-    found = (y, *kernel.scale_bwd(grad.T.contiguous().T, y0, bias, scale))
+    boft_scale.scale_fwd(y0, bias, scale, y)
+    found = (y, *boft_scale.scale_bwd(grad.T.contiguous().T, y0, bias, scale))
     wide = scale.double().requires_grad_()
     leaf = y0.double().requires_grad_()
     expected_y = scaled_exactly(leaf, bias, wide)
@@ -250,14 +250,14 @@ def test_scale(dtype, shape, with_bias):
     bounds += errors((plain.sum(0).unsqueeze(1),), expected[2:])
     for error, bound in zip(errors(found, expected), bounds, strict=True):
         assert error <= 2 * max(bound, 2**-24)
-    assert kernel.scale_bwd(grad, None, bias, scale)[1].shape == (0, 1)
-    assert torch.equal(kernel.scale_bwd(grad, None, bias, scale)[0], found[1])
+    assert boft_scale.scale_bwd(grad, None, bias, scale)[1].shape == (0, 1)
+    assert torch.equal(boft_scale.scale_bwd(grad, None, bias, scale)[0], found[1])
 
 
 def test_a_scale_of_one_changes_nothing():
     y0, bias = torch.randn(19, 40).bfloat16(), torch.randn(40).bfloat16()
     y = y0.clone()
-    kernel.scale_fwd(y, bias, torch.ones(40, 1), y)
+    boft_scale.scale_fwd(y, bias, torch.ones(40, 1), y)
     assert torch.equal(y, y0)
 
 
@@ -407,9 +407,8 @@ KERNELS = {
         "butterfly_fwd_kernel",
         "butterfly_bwd_kernel",
         "blocks_bwd_kernel",
-        "scale_fwd_kernel",
-        "scale_bwd_kernel",
     ],
+    "boft_scale": ["scale_fwd_kernel", "scale_bwd_kernel"],
     "boft_wide": ["wide_fwd_kernel", "wide_bwd_kernel"],
 }
 
@@ -420,8 +419,8 @@ def launch(tokens, features, block, factors, dtype):
     kernel.butterfly_fwd(x, blocks)
     kernel.butterfly_bwd(x, x, blocks, True, True)
     y, bias, scale = meta(tokens, features, dtype=DTYPES[dtype]), meta(features, dtype=DTYPES[dtype]), meta(features, 1)
-    kernel.scale_fwd(y, bias, scale, y)
-    kernel.scale_bwd(y, y, bias, scale)
+    boft_scale.scale_fwd(y, bias, scale, y)
+    boft_scale.scale_bwd(y, y, bias, scale)
 
 
 @pytest.fixture(scope="module")
