@@ -37,18 +37,33 @@ bench: $(READY)  ## what layers and operators cost: minutes of an idle machine; 
 	$(PY) -m pytest bench --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 
 # Tests of the CPU lane, of files and of programs would say nothing new there, nor would compiling for absent chips.
-NOT_ON_GPU := native cpu_loops cuda_boft cuda_cayley cuda_fourierft cuda_low_rank_many packaging finetune bench cli limits bad_files distributed docs
+NOT_ON_GPU := cuda_% native cpu_loops packaging finetune bench cli limits bad_files distributed docs
 GPU_TESTS = $(filter-out $(NOT_ON_GPU:%=tests/test_%.py),$(wildcard tests/test_*.py))
+# CUDA C++ kernels by themselves, without what has run on a CPU: plainly, and small ones under compute-sanitizer, where
+# no allocation is part of a larger one and racecheck, for which the dtype says little, has but float32.
+CUDA_TESTS := $(shell grep -l on_a_gpu tests/test_cuda_*.py)
+SMALL := on_a_gpu and not T2000 and not T4097
+define GPU_JOBS
+printf '$(PYTHON) -m pytest -q %s -k "not compiles"\n' $(GPU_TESTS); \
+printf '$(PYTHON) -m pytest -q %s -k "on_a_gpu"\n' $(CUDA_TESTS); \
+test -z "$$sanitizer" || { \
+	printf "PYTORCH_NO_CUDA_MEMORY_CACHING=1 $$sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
+		$(PYTHON) -m pytest -q %s -k '$(SMALL)'\n" $(CUDA_TESTS); \
+	printf "$$sanitizer --tool racecheck --error-exitcode 9 $(PYTHON) -m pytest -q %s -k '$(SMALL) and not float16'\n" \
+		$(CUDA_TESTS); }
+endef
 
 # With the machine's own Python and torch, and nothing from a network: a CUDA build of torch is no small download.
-# Eight files at a time: what takes long is compiling kernels.
+# Sixteen jobs at a time: what takes long is compiling kernels. Whatever fails, the table is written.
 gpu:  ## on a machine with a CUDA GPU, torch for CUDA, triton, pytest and maybe peft: tests, then the table bench/gpu.md
-	FASTPEFT_CUDA=1 $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation -e .
-	printf '%s\n' $(GPU_TESTS) | FASTPEFT_TEST_DEVICE=cuda TRITON_INTERPRET=0 OMP_NUM_THREADS=2 \
-		xargs -P 8 -n 1 $(PYTHON) -m pytest -q -k "not compiles"
-	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 9 \
-		$(PYTHON) -m pytest -q tests/test_cuda_*.py -k "on_a_gpu and not T2000 and not T4097" || exit 1; done
-	$(PYTHON) bench/gpu.py --markdown bench/gpu.md $(ARGS)
+	sanitizer=$$($(PYTHON) tests/gpu_ready.py) || exit 1; \
+	FASTPEFT_CUDA=1 $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation -e . || exit 1; \
+	failed=; \
+	test -n "$$sanitizer" || failed="compute-sanitizer, which is not there"; \
+	{ $(GPU_JOBS); } | FASTPEFT_TEST_DEVICE=cuda TRITON_INTERPRET=0 OMP_NUM_THREADS=1 \
+		xargs -P 16 -L 1 sh -c 'env "$$@" || { echo "failed: $$*" >&2; exit 1; }' - || failed="$$failed tests"; \
+	$(PYTHON) bench/gpu.py --markdown bench/gpu.md $(ARGS) || failed="$$failed bench/gpu.py"; \
+	test -z "$$failed" || { echo "make gpu: failed: $$failed" >&2; exit 1; }
 
 lint: $(READY)
 	$(PY) -m ruff check .
