@@ -149,6 +149,16 @@ def language_model(kind):
     if kind == "gpt2":  # all of its layers are Conv1D
         config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **sizes)
         return transformers.GPT2LMHeadModel(config), ["c_attn", "c_fc"]
+    if kind == "t5":
+        config = transformers.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                                       decoder_start_token_id=0, dropout_rate=0.0, **sizes)  # fmt: skip
+        return transformers.T5ForConditionalGeneration(config), "all-linear"
+    if kind == "bart":
+        config = transformers.BartConfig(
+            d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32, **sizes,
+        )  # fmt: skip
+        return transformers.BartForConditionalGeneration(config), "all-linear"
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **sizes
     )
@@ -156,22 +166,23 @@ def language_model(kind):
 
 
 @every_method
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bart"])
 def test_generation_and_training_of_language_models(case, kind, calls):
     if kind == "gpt2" and "oft" in case:
         with pytest.raises(TypeError, match="Conv1D"):
             peft.get_peft_model(language_model(kind)[0], CASES[case](target_modules=["c_attn"]))
         return
     base, targets = language_model(kind)
-    theirs = fill(peft.get_peft_model(base, CASES[case](target_modules=targets, task_type="CAUSAL_LM")))
+    task = "SEQ_2_SEQ_LM" if kind in ("t5", "bart") else "CAUSAL_LM"
+    theirs = fill(peft.get_peft_model(base, CASES[case](target_modules=targets, task_type=task)))
     ours = copy.deepcopy(theirs)
     fastpeft.accelerate(ours, strict=True)
     tokens = torch.tensor([[5, 9, 33, 7], [11, 12, 13, 14]])
     mask = torch.ones_like(tokens)
     found, wanted = (
         model.eval().generate(
-            input_ids=tokens, attention_mask=mask, max_new_tokens=8, do_sample=False, output_scores=True,
-            return_dict_in_generate=True,
+            input_ids=tokens, attention_mask=mask, min_new_tokens=8, max_new_tokens=8, do_sample=False, use_cache=True,
+            output_scores=True, return_dict_in_generate=True,
         )
         for model in (ours, theirs)
     )  # fmt: skip

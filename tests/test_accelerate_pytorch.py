@@ -9,6 +9,7 @@ import torch
 from helpers import Allocations
 from peft_models import CASES, MARKS, agree, every_case, every_method, fill, inputs, pair, peft
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastpeft
 
@@ -101,20 +102,40 @@ def test_wrong_inputs_raise_as_they_did(case):
 
 
 @every_case
-def test_compiled_as_one_graph(case):
-    ours, theirs = pair(case, n_blocks=1)
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+def test_compiled_as_one_graph_for_every_length(case):
+    ours, _ = pair(case, n_blocks=1)
     for training in (False, True):
-        ours.train(training)
         if training and case == "boft-options":  # PEFT's dropout asks the random numbers back
             continue
-        torch.manual_seed(5)
-        found = compiled(inputs())
-        torch.manual_seed(5)
-        torch.testing.assert_close(found, ours(inputs()), rtol=1e-4, atol=1e-5)
-    ours.eval(), theirs.eval()
-    torch.testing.assert_close(compiled(inputs()), theirs(inputs()), rtol=1e-4, atol=1e-5)
+        ours.train(training)
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(ours, fullgraph=True, backend=counter)
+        with torch.set_grad_enabled(training):
+            traced(ours, inputs())  # eagerly first: which implementation runs is looked up once, and guarded
+            for length in (5, 9, 33):
+                x = inputs(2, length, 16)
+                found, wanted = traced(compiled, x), traced(ours, x)
+                assert found.keys() == wanted.keys() and (len(wanted) > 2) == training
+                for name, tensor in wanted.items():
+                    torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5 * tensor.abs().max().item())
+        assert counter.frame_count == 1
+
+
+def traced(model, x):
+    """The output of a model, compiled or not, for inputs of any length, and its gradients where they are asked for."""
+    x = x.clone().requires_grad_(torch.is_grad_enabled())
+    torch._dynamo.mark_dynamic(x, 1)
+    model.zero_grad()
+    torch.manual_seed(5)
+    found = {"y": model(x)}
+    if x.requires_grad:
+        found["y"].square().sum().backward()
+        found["dx"] = x.grad
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                found[name.removeprefix("_orig_mod.")] = parameter.grad
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
 @every_method
