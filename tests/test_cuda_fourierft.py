@@ -358,6 +358,32 @@ def test_plan_has_an_end(program):
         plan(program, 1, 1, 1 << 33, 0, SM_90_SHARED)
 
 
+# How many lanes meet in a bank of shared memory, at most, between two barriers each: on the way to a spectrum, pass by
+# pass, where an odd radix has several turns, and in the scatter. The way back is that of the way there.
+BANKS = {
+    384: ([2, 2, 1], 3),
+    768: ([1, 1, 1], 3),
+    1024: ([1, 2, 1], 1),
+    1536: ([1, 1, 2, 1], 3),
+    3072: ([1, 1, 2, 1], 3),
+    3584: ([1, 1, 2, 1], 2),
+    4096: ([1, 1, 1], 1),
+    11008: ([1, 2, 3, 3, 3, 3], 3),
+    14336: ([1, 1, 1, 1], 2),
+    18944: ([1, 2, 2, 3, 3, 3, 3, 3, 3, 3], 2),
+}
+
+
+@needs_cxx
+@pytest.mark.parametrize("length", BANKS)
+def test_bank_conflicts(build, length):
+    command = [build("run_fourier_banks", watched=True), str(length), str(SM_90_SHARED)]
+    degrees = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    there, scatter = BANKS[length]
+    gather = 1  # of nothing
+    assert degrees == [*there, gather, scatter, *reversed(there)]
+
+
 GPU_CASES = [
     Case(1, 768, 768, 1000),
     Case(5, 1000, 384, 40),

@@ -214,7 +214,8 @@ inline Tables make_tables(int length) {
 // short, 16 apart; the scatter writes bin after bin to places 16, 256 and more apart. One step for every 16 entries and
 // another for every 256 keep all of these in different banks for lengths 16^k, at 7 % of the memory; without steps 16
 // lanes would meet in the scatter of each length below. The steps are constants, because with each pass of 16 a thread
-// computes 32 places. How many lanes meet in a bank, at most, in each pass and in the scatter:
+// computes 32 places. How many lanes meet in a bank, at most, in each pass and in the scatter, which
+// tests/cuda_host/run_fourier_banks.cpp counts:
 //
 //   768     16 3 16      1 1 1     3        5120    16 5 8 8     1 1 2 1   4
 //   1024    16 8 8       1 2 1     1        8192    16 16 8 4    1 1 2 1   2

@@ -11,9 +11,8 @@
 #include <cuda_runtime.h>
 
 #include <map>
-#include <set>
 #include <string>
-#include <tuple>
+#include <unordered_map>
 #include <utility>
 
 namespace cuda_host {
@@ -23,46 +22,101 @@ class Banks {
   explicit Banks(std::span<std::byte> shared) : first_(shared.data()), bytes_(shared.size()) { current = this; }
   ~Banks() { current = nullptr; }
 
-  // The highest degree of each kind of instruction, such as "read16".
-  std::map<std::string, unsigned> degrees() const {
+  // The highest degree of each kind of instruction, such as "read16",
+  std::map<std::string, unsigned> degrees() {
+    finish_block();
     std::map<std::string, unsigned> result;
-    for (const auto& [instruction, lanes] : instructions_) {
-      const auto& [block, warp, barriers, code, count, write, size] = instruction;
-      unsigned& worst = result[(write ? "write" : "read") + std::to_string(size)];
-      const size_t pass = kWarp * 4 / size;
-      for (size_t begin = 0; begin < kWarp; begin += pass) {
-        std::map<size_t, std::set<size_t>> words;  // of each bank
-        for (size_t lane = begin; lane < begin + pass; ++lane) {
-          if (!lanes.contains(lane)) continue;
-          for (size_t word = lanes.at(lane) / 4; word < (lanes.at(lane) + size) / 4; ++word) {
-            words[word % 32].insert(word);
-          }
-        }
-        for (const auto& [bank, wanted] : words) worst = std::max(worst, static_cast<unsigned>(wanted.size()));
-      }
+    for (const auto& [kind, degree] : by_kind_) {
+      result[(kind.first ? "write" : "read") + std::to_string(kind.second)] = degree;
     }
     return result;
+  }
+  // and between two barriers each, zero where there is none.
+  std::vector<unsigned> degrees_between_barriers() {
+    finish_block();
+    return by_barrier_;
   }
 
   __attribute__((no_sanitize("thread"))) void note(const void* address, size_t size, bool write, const void* code) {
     const size_t place = static_cast<size_t>(static_cast<const std::byte*>(address) - first_);
     if (place >= bytes_) return;
     Banks* const self = std::exchange(current, nullptr);
+    if (blockIdx.x != block_) finish_block();
     const size_t thread = Block::current->thread();
     const unsigned barriers = Block::current->barriers();
-    const unsigned count = counts_[{blockIdx.x, thread, barriers, code}]++;
-    instructions_[{blockIdx.x, thread / kWarp, barriers, code, count, write, size}][thread % kWarp] = place;
+    if (rounds_.size() <= thread) rounds_.resize(thread + 1);
+    Rounds& rounds = rounds_[thread];
+    if (rounds.barriers != barriers) rounds = {barriers, {}};
+    const unsigned round = rounds.of_code[code]++;
+    Lanes& lanes = instructions_[{code, static_cast<unsigned>(thread / kWarp), barriers, round, write, size}];
+    lanes.there |= 1u << thread % kWarp;
+    lanes.place[thread % kWarp] = place;
     current = self;
   }
 
   static inline Banks* current = nullptr;
 
  private:
-  using Instruction = std::tuple<unsigned, size_t, unsigned, const void*, unsigned, bool, size_t>;
+  struct Instruction {
+    const void* code;
+    unsigned warp, barriers, round;
+    bool write;
+    size_t size;
+    bool operator==(const Instruction&) const = default;
+  };
+  struct Hash {
+    size_t operator()(const Instruction& of) const {
+      size_t hash = reinterpret_cast<size_t>(of.code);
+      for (size_t part : {of.warp, of.barriers, of.round}) hash = hash * 0x9e3779b97f4a7c15 + part;
+      return hash;
+    }
+  };
+  struct Lanes {
+    unsigned there = 0;
+    size_t place[kWarp];
+  };
+  struct Rounds {  // of a thread since its last barrier
+    unsigned barriers = ~0u;
+    std::unordered_map<const void*, unsigned> of_code;
+  };
+
+  static unsigned degree_of(const Lanes& lanes, size_t size) {
+    unsigned worst = 0;
+    const size_t pass = std::min(kWarp, kWarp * 4 / size);
+    for (size_t begin = 0; begin < kWarp; begin += pass) {
+      std::vector<size_t> wanted[32];  // words of each bank
+      for (size_t lane = begin; lane < begin + pass; ++lane) {
+        if (!(lanes.there >> lane & 1)) continue;
+        for (size_t word = lanes.place[lane] / 4; word < (lanes.place[lane] + size + 3) / 4; ++word) {
+          std::vector<size_t>& words = wanted[word % 32];
+          if (std::ranges::find(words, word) == words.end()) words.push_back(word);
+          worst = std::max(worst, static_cast<unsigned>(words.size()));
+        }
+      }
+    }
+    return worst;
+  }
+
+  void finish_block() {
+    for (const auto& [instruction, lanes] : instructions_) {
+      const unsigned degree = degree_of(lanes, instruction.size);
+      unsigned& of_kind = by_kind_[{instruction.write, instruction.size}];
+      of_kind = std::max(of_kind, degree);
+      if (by_barrier_.size() <= instruction.barriers) by_barrier_.resize(instruction.barriers + 1);
+      by_barrier_[instruction.barriers] = std::max(by_barrier_[instruction.barriers], degree);
+    }
+    instructions_.clear();
+    rounds_.clear();
+    block_ = blockIdx.x;
+  }
+
   const std::byte* first_;
   size_t bytes_;
-  std::map<std::tuple<unsigned, size_t, unsigned, const void*>, unsigned> counts_;
-  std::map<Instruction, std::map<size_t, size_t>> instructions_;  // from lane to byte
+  unsigned block_ = 0;
+  std::vector<Rounds> rounds_;  // of each thread
+  std::unordered_map<Instruction, Lanes, Hash> instructions_;
+  std::map<std::pair<bool, size_t>, unsigned> by_kind_;
+  std::vector<unsigned> by_barrier_;
 };
 
 }  // namespace cuda_host
