@@ -12,14 +12,11 @@
 // written. The buffers have no byte more than the tensors, so that reading outside of them is seen, and every seed must
 // give the same bits: an order of threads that matters is a race.
 #include <array>
-#include <fstream>
-#include <iostream>
-#include <map>
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "cuda/fourierft.cuh"
+#include "program.h"
 
 namespace fastpeft::fourier {
 
@@ -28,56 +25,11 @@ __shared__ float4 shared_memory[kMaxShared / sizeof(float4)];
 
 namespace {
 
-[[noreturn]] void fail(const std::string& message) {
-  std::cerr << "run_fourierft: " << message << "\n";
-  std::exit(1);
-}
+using namespace cuda_host;
 
-// `bytes` of memory that end where the allocation ends and begin `offset` bytes behind a 16-byte boundary.
-class Buffer {
- public:
-  Buffer(size_t bytes, size_t offset)
-      : bytes_(bytes), memory_(new char[offset + bytes]), data_(memory_.get() + offset) {
-    std::memset(memory_.get(), 0xff, offset + bytes);
-  }
-  template <typename T = void>
-  T* as() const {
-    return reinterpret_cast<T*>(data_);
-  }
-  std::string bits() const { return {data_, bytes_}; }
-
- private:
-  size_t bytes_;
-  std::unique_ptr<char[]> memory_;
-  char* data_;
-};
-
-using Options = std::map<std::string, std::string>;
-
-int64_t number(const Options& options, const std::string& name, int64_t otherwise) {
-  const auto found = options.find(name);
-  return found == options.end() ? otherwise : std::stoll(found->second);
-}
-
-std::optional<Buffer> read_file(const Options& options, const std::string& name, size_t bytes, size_t offset = 0) {
-  const auto path = options.find(name);
-  if (path == options.end()) return {};
-  std::optional<Buffer> buffer(std::in_place, bytes, offset);
-  std::ifstream file(path->second, std::ios::binary | std::ios::ate);
-  if (file.tellg() != static_cast<std::streamoff>(bytes)) {
-    fail(path->second + " does not have " + std::to_string(bytes) + " bytes");
-  }
-  file.seekg(0);
-  if (bytes > 0 && !file.read(buffer->as<char>(), static_cast<std::streamsize>(bytes))) fail("cannot read " + name);
-  return buffer;
-}
-
-void write_file(const Options& options, const std::string& name, const std::string& bits) {
-  const auto path = options.find(name);
-  if (path == options.end()) return;
-  if (!std::ofstream(path->second, std::ios::binary).write(bits.data(), static_cast<std::streamsize>(bits.size()))) {
-    fail("cannot write " + path->second);
-  }
+std::optional<Buffer> read_buffer(const Options& options, const std::string& name, size_t bytes, size_t offset = 0) {
+  if (!options.has(name)) return {};
+  return options.file(name, bytes, offset);
 }
 
 template <typename T>
@@ -105,33 +57,32 @@ void run_kernel(Kind kind, const Arguments& args) {
 
 template <typename T>
 void run(const Options& options) {
-  const int64_t tokens = number(options, "tokens", 1), in = number(options, "in", 1), out = number(options, "out", 1);
-  const int64_t n = number(options, "n", 0), samples = number(options, "samples", 2 * n);
-  const int64_t padding = number(options, "padding", 0);
-  const int64_t stride = number(options, "stride", 1);
-  const size_t offset = static_cast<size_t>(number(options, "offset", 0)) * sizeof(T);
+  const int64_t tokens = options.number("tokens"), in = options.number("in"), out = options.number("out");
+  const int64_t n = options.number("n"), padding = options.number("padding"), stride = options.number("stride");
+  const size_t samples = options.size("samples"), offset = options.size("offset") * sizeof(T);
   const auto matrix_bytes = [&](int64_t width) {
     return static_cast<size_t>((tokens - 1) * (width + padding) + width) * sizeof(T);
   };
-  const auto source = read_file(options, "source", matrix_bytes(in), offset);
-  const auto x = read_file(options, "x", matrix_bytes(out), offset);
-  const auto base = read_file(options, "base", matrix_bytes(out), offset);
-  const auto offsets = read_file(options, "offsets", static_cast<size_t>(out + 1) * 4);
-  const auto sources = read_file(options, "sources", static_cast<size_t>(samples) * 4);
-  const auto entries = read_file(options, "entries", static_cast<size_t>(samples) * 4);
+  const auto source = read_buffer(options, "source", matrix_bytes(in), offset);
+  const auto x = read_buffer(options, "x", matrix_bytes(out), offset);
+  const auto base = read_buffer(options, "base", matrix_bytes(out), offset);
+  const auto offsets = read_buffer(options, "offsets", static_cast<size_t>(out + 1) * 4);
+  const auto sources = read_buffer(options, "sources", samples * 4);
+  const auto entries = read_buffer(options, "entries", samples * 4);
   const auto spectrum =
-      read_file(options, "spectrum", n == 0 ? 0 : static_cast<size_t>((n - 1) * stride + 1) * sizeof(float));
-  const auto rows = read_file(options, "rows", static_cast<size_t>(n) * 4);
-  const auto cols = read_file(options, "cols", static_cast<size_t>(n) * 4);
-  const Plan plan = checked_plan(tokens, in, out, x ? n : 0, number(options, "max_shared", kMaxShared), 132);
-  const int64_t groups = number(options, "groups", plan.groups), blocks = number(options, "blocks", groups);
+      read_buffer(options, "spectrum", n == 0 ? 0 : static_cast<size_t>((n - 1) * stride + 1) * sizeof(float));
+  const auto rows = read_buffer(options, "rows", static_cast<size_t>(n) * 4);
+  const auto cols = read_buffer(options, "cols", static_cast<size_t>(n) * 4);
+  const Plan plan = checked_plan(tokens, in, out, x ? n : 0, options.number("max_shared"), 132);
+  const int64_t groups = options.has("groups") ? options.number("groups") : plan.groups;
+  const int64_t blocks = options.has("blocks") ? options.number("blocks") : groups;
   const Tables tables[2] = {make_tables(static_cast<int>(in)), make_tables(static_cast<int>(out))};
   const std::span shared = std::as_writable_bytes(std::span(shared_memory));
 
   std::string first_y, first_sums;
-  for (int64_t seed = 0; seed < number(options, "seeds", 4); ++seed) {
+  for (int64_t seed = 0; seed < options.number("seeds"); ++seed) {
     std::optional<Buffer> y;
-    if (options.contains("y")) y.emplace(matrix_bytes(out), offset);
+    if (options.has("y")) y.emplace(matrix_bytes(out), offset);
     // In place where there is a base: as the operators call it.
     if (y && base) std::memcpy(y->as<char>(), data_of<char>(base), matrix_bytes(out));
     const Buffer kept(static_cast<size_t>(blocks * n) * sizeof(float4), 0);
@@ -140,7 +91,7 @@ void run(const Options& options) {
     const Buffer sums(static_cast<size_t>(n) * sizeof(float), 0);
     Arguments args{
         .tokens = tokens,
-        .scale = std::stof(options.at("scale")),
+        .scale = std::stof(options.text("scale")),
         .transform = {tables[0].transform, tables[1].transform},
         .source = {data_of<T>(source), in + padding},
         .base = {base ? data_of<T>(y) : nullptr, out + padding},
@@ -174,14 +125,11 @@ void run(const Options& options) {
           static_cast<unsigned>(seed),
           [&] { sum_partials_kernel(args.partials, sums.as<float>(), static_cast<int>(groups), args.n, args.scale); });
     }
-    const std::string y_bits = y ? y->bits() : "", sums_bits = sums.bits();
-    if (seed == 0) first_y = y_bits, first_sums = sums_bits;
-    if (y_bits != first_y || sums_bits != first_sums) {
-      fail("the order of the threads changes the result, seed " + std::to_string(seed));
-    }
+    check_same(y ? std::string(y->as(), matrix_bytes(out)) : "", first_y, seed);
+    check_same(std::string(sums.as(), static_cast<size_t>(n) * sizeof(float)), first_sums, seed);
   }
-  write_file(options, "y", first_y);
-  write_file(options, "sums", first_sums);
+  if (options.has("y")) write_file(options.text("y"), first_y);
+  if (options.has("sums")) write_file(options.text("sums"), first_sums);
 }
 
 void print_plan(int64_t in, int64_t out, int64_t tokens, int64_t n, int64_t max_shared, int64_t multiprocessors) {
@@ -202,6 +150,7 @@ void print_plan(int64_t in, int64_t out, int64_t tokens, int64_t n, int64_t max_
 
 int main(int argc, char** argv) {
   using namespace fastpeft::fourier;
+  using namespace cuda_host;
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "plan" && argc == 8) {
     int64_t numbers[6];
@@ -210,21 +159,6 @@ int main(int argc, char** argv) {
     return 0;
   }
   if (mode != "run" || argc < 3) fail("see the top of run_fourierft.cpp");
-  Options options;
-  for (int i = 3; i < argc; ++i) {
-    const std::string option = argv[i];
-    const size_t middle = option.find('=');
-    if (middle == std::string::npos) fail("no value in " + option);
-    options[option.substr(0, middle)] = option.substr(middle + 1);
-  }
-  const std::string dtype = argv[2];
-  if (dtype == "float32") {
-    run<float>(options);
-  } else if (dtype == "float16") {
-    run<__half>(options);
-  } else if (dtype == "bfloat16") {
-    run<__nv_bfloat16>(options);
-  } else {
-    fail("unknown dtype " + dtype);
-  }
+  const Options options(argc - 3, argv + 3);
+  with_dtype(argv[2], [&]<typename T>() { run<T>(options); });
 }
