@@ -13,16 +13,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from helpers import Errors
+from peft_oracle import peft, wide_delta_weight
 from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 import fastpeft
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-
-from peft.tuners.fourierft import layer as peft_fourierft  # noqa: E402 (after the skip)
-from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 # What every test here wants: see conftest.py.
 MARKS = [
@@ -137,16 +133,9 @@ def inputs(*shape, seed=1):
 
 @contextmanager
 def wide_fourier():
-    """FourierFTLayer.get_delta_weight in the spectrum's dtype, where PEFT's own goes through float32 in any."""
-
-    def get_delta_weight(self, adapter):
-        spectrum, (rows, cols) = self.fourierft_spectrum[adapter], self.indices[adapter]
-        dense = torch.zeros(self.out_features, self.in_features, dtype=spectrum.dtype)
-        dense[rows, cols] = spectrum
-        return torch.fft.ifft2(dense).real * self.fourierft_scaling[adapter]
-
+    """PEFT's FourierFT in the dtype of its spectrum."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peft_fourierft.FourierFTLayer, "get_delta_weight", get_delta_weight)
+        patch.setattr(peft.tuners.fourierft.layer.FourierFTLayer, "get_delta_weight", wide_delta_weight)
         yield
 
 

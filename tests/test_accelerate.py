@@ -26,12 +26,13 @@ from peft_models import (
     peft,
     results,
     same_dropout,
-    transformers,
     wide_fourier,
 )
 from torch import nn
 
 import fastpeft
+
+transformers = pytest.importorskip("transformers")
 
 pytestmark = MARKS
 

@@ -1,6 +1,6 @@
 """DoRA, ``LoraConfig(use_dora=True)``: PEFT as the oracle, the norms, what is kept between calls, and the promises.
 
-How results are compared with PEFT's is told in test_peft.py.
+How results are compared with PEFT's is told in peft_oracle.py.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fastpeft.ops.dora import apply_dora, row_norms
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-import test_peft  # noqa: E402 (after the skip)
-from test_peft import EVERYWHERE, adapter_values, compare, compare_models, make_inputs, make_tower  # noqa: E402
-from test_peft import one_thread as one_thread  # noqa: E402 (a fixture of every test here)
+import peft_oracle  # noqa: E402 (after the skip)
+from peft_oracle import EVERYWHERE, MARKS, adapter_values, compare, compare_models, make_inputs, make_tower  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
+pytestmark = MARKS
 
 
 def peft_config(**options):
@@ -79,9 +79,9 @@ def test_outputs_and_gradients_are_pefts(monkeypatch, width, hidden, options):
 def test_a_narrow_base(monkeypatch, dtype, p):
     """The adapter and the norms stay in float32 over it."""
     base, config = make_tower(24, 40).to(dtype), peft_config(lora_dropout=p)
-    theirs = test_peft.peft_model(base, config, dtype=dtype)
-    exact = test_peft.peft_model(base, config, dtype=torch.float64)
-    ours = test_peft.our_model(base, theirs, config, dtype=dtype)
+    theirs = peft_oracle.peft_model(base, config, dtype=dtype)
+    exact = peft_oracle.peft_model(base, config, dtype=torch.float64)
+    ours = peft_oracle.our_model(base, theirs, config, dtype=dtype)
     assert {value.dtype for value in adapter_values(ours).values()} == {torch.float32}
     inputs = [x.to(dtype) for x in make_inputs(24)]
     compare_models(monkeypatch, exact, theirs, ours, None, inputs, dtype)
@@ -99,8 +99,8 @@ def test_dropout(monkeypatch, p):
 
 def test_dropout_is_for_training_alone(monkeypatch):
     base, config = make_tower(24, 40), peft_config(lora_dropout=0.5)
-    theirs, exact = (test_peft.peft_model(base, config, dtype=dtype) for dtype in (torch.float32, torch.float64))
-    ours = test_peft.our_model(base, theirs, config)
+    theirs, exact = (peft_oracle.peft_model(base, config, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    ours = peft_oracle.our_model(base, theirs, config)
     for model in (theirs, exact, ours):
         model.eval()
     compare_models(monkeypatch, exact, theirs, ours, None, make_inputs(24))
@@ -116,10 +116,10 @@ def test_two_adapters_together(monkeypatch, order, second_is_dora, p):
     )
     base, names = make_tower(45, 15), ("one", "two")
     theirs, exact = (
-        test_peft.peft_model(base, *configs, names=names, dtype=dtype) for dtype in (torch.float32, torch.float64)
+        peft_oracle.peft_model(base, *configs, names=names, dtype=dtype) for dtype in (torch.float32, torch.float64)
     )
     ours, wide = (
-        test_peft.our_model(base, theirs, *configs, names=names, dtype=dtype)
+        peft_oracle.our_model(base, theirs, *configs, names=names, dtype=dtype)
         for dtype in (torch.float32, torch.float64)
     )
     for model in (theirs, exact):
@@ -131,20 +131,20 @@ def test_two_adapters_together(monkeypatch, order, second_is_dora, p):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_conv1d(monkeypatch, tmp_path, p):
-    config = peft_config(target_modules=test_peft.CONV1D, fan_in_fan_out=True, lora_dropout=p)
-    base = test_peft.make_gpt2()
-    compare(monkeypatch, base, config, test_peft.TOKENS)
-    theirs = test_peft.peft_model(base, config)
+    config = peft_config(target_modules=peft_oracle.CONV1D, fan_in_fan_out=True, lora_dropout=p)
+    base = peft_oracle.make_gpt2()
+    compare(monkeypatch, base, config, peft_oracle.TOKENS)
+    theirs = peft_oracle.peft_model(base, config)
     theirs.save_pretrained(tmp_path)
-    test_peft.assert_same_values(theirs, fastpeft.load_adapter(copy.deepcopy(base), tmp_path))
+    peft_oracle.assert_same_values(theirs, fastpeft.load_adapter(copy.deepcopy(base), tmp_path))
 
 
 @pytest.mark.parametrize("names", [["default"], ["default", "other"]], ids=str)
 def test_merged_weights(names):
     base, configs = make_tower(24, 40), (peft_config(), peft_config(r=2, target_modules=["up"]))
-    theirs, exact = (test_peft.peft_model(base, *configs, dtype=dtype) for dtype in (torch.float32, torch.float64))
-    ours = test_peft.our_model(base, theirs, *configs)
-    test_peft.copy_values(theirs, exact)
+    theirs, exact = (peft_oracle.peft_model(base, *configs, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    ours = peft_oracle.our_model(base, theirs, *configs)
+    peft_oracle.copy_values(theirs, exact)
     for model in (theirs, exact):
         model.base_model.set_adapter(names)
     fastpeft.set_adapter(ours, names)
@@ -167,14 +167,14 @@ def test_merged_weights(names):
 
 def test_folders_go_both_ways(tmp_path):
     base = make_tower(24, 40)
-    theirs = test_peft.peft_model(base, peft_config(lora_alpha=3, lora_dropout=0.1))
+    theirs = peft_oracle.peft_model(base, peft_config(lora_alpha=3, lora_dropout=0.1))
     theirs.save_pretrained(tmp_path / "theirs")
     ours = fastpeft.load_adapter(copy.deepcopy(base), tmp_path / "theirs")
-    test_peft.assert_same_values(theirs, ours)
+    peft_oracle.assert_same_values(theirs, ours)
     assert ours.layers[0].up.adapters["default"].config.use_dora
     fastpeft.save_adapter(ours, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
-    test_peft.assert_same_values(again, ours)
+    peft_oracle.assert_same_values(again, ours)
     x = make_inputs(24)[0]
     torch.testing.assert_close(again.eval()(x), ours.eval()(x))
     fastpeft.load_adapter(ours, tmp_path / "ours")  # into the adapter that is there
@@ -194,7 +194,7 @@ def test_a_folder_without_magnitudes_is_refused(tmp_path):
 
 def test_pefts_parameters_go_into_the_operator():
     """As they lie in PEFT's layer, where W and the adapter are Parameters."""
-    theirs = test_peft.peft_model(make_tower(24, 40), peft_config())
+    theirs = peft_oracle.peft_model(make_tower(24, 40), peft_config())
     layer = theirs.base_model.model.layers[0].up
     x = randn(5, 24)
     y = apply_dora(
@@ -496,7 +496,7 @@ def test_a_training_step_works_out_the_norms_once(monkeypatch):
 
 
 def test_norms_over_a_transposed_weight_are_kept(monkeypatch):
-    layer = test_peft.Conv1D(16, 24)
+    layer = Conv1D(16, 24)
     stirred(layer)
     x, counter = randn(5, 24), Counter(monkeypatch)
     with torch.no_grad():
