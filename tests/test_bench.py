@@ -263,6 +263,17 @@ def test_the_gpu_bench_without_a_gpu(capsys):
     assert "no CUDA GPU" in capsys.readouterr().err
 
 
+def test_what_make_gpu_lacks():
+    """All of it at once: with packages that cannot be seen, each of them; else what of CUDA is not there."""
+    ready = str(BENCH.parent / "tests" / "gpu_ready.py")
+    blind = subprocess.run([sys.executable, "-S", ready], capture_output=True, text=True)
+    wanted = ("pip", "pytest>=8", "setuptools>=77", "torch>=2.10", "pybind11>=2.13", "ninja", "triton>=3.4")
+    assert blind.returncode == 1 and set(wanted) <= set(blind.stderr.split())
+    if not torch.cuda.is_available():
+        done = subprocess.run([sys.executable, ready], capture_output=True, text=True)
+        assert done.returncode == 1 and "a CUDA" in done.stderr and "pytest" not in done.stderr
+
+
 def test_floors():
     """Of the frozen product by hand; no kernel without its operations, and none that launches."""
     assert floors.frozen((4096, 4096), 1, False).seconds == pytest.approx(2 * (4096**2 + 3 * 4096) / 4.3e12)
