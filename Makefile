@@ -44,7 +44,7 @@ GPU_TESTS = $(filter-out $(NOT_ON_GPU:%=tests/test_%.py),$(wildcard tests/test_*
 CUDA_TESTS := $(shell grep -l on_a_gpu tests/test_cuda_*.py)
 SMALL := on_a_gpu and not T2000 and not T4097
 define GPU_JOBS
-printf '$(PYTHON) -m pytest -q %s -k "not compiles"\n' $(GPU_TESTS); \
+printf 'FASTPEFT_TEST_DEVICE=cuda $(PYTHON) -m pytest -q %s -k "not compiles"\n' $(GPU_TESTS); \
 printf '$(PYTHON) -m pytest -q %s -k "on_a_gpu"\n' $(CUDA_TESTS); \
 test -z "$$sanitizer" || { \
 	printf "PYTORCH_NO_CUDA_MEMORY_CACHING=1 $$sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
@@ -60,7 +60,7 @@ gpu:  ## on a machine with a CUDA GPU, torch for CUDA, triton, pytest and maybe 
 	FASTPEFT_CUDA=1 $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation -e . || exit 1; \
 	failed=; \
 	test -n "$$sanitizer" || failed="compute-sanitizer, which is not there"; \
-	{ $(GPU_JOBS); } | FASTPEFT_TEST_DEVICE=cuda TRITON_INTERPRET=0 OMP_NUM_THREADS=1 \
+	{ $(GPU_JOBS); } | TRITON_INTERPRET=0 OMP_NUM_THREADS=1 \
 		xargs -P 16 -L 1 sh -c 'env "$$@" || { echo "failed: $$*" >&2; exit 1; }' - || failed="$$failed tests"; \
 	$(PYTHON) bench/gpu.py --markdown bench/gpu.md $(ARGS) || failed="$$failed bench/gpu.py"; \
 	test -z "$$failed" || { echo "make gpu: failed: $$failed" >&2; exit 1; }
