@@ -40,6 +40,8 @@ KINDS = ("PEFT", "accelerated", "fastpeft")
 RATIOS = ("PEFT / accelerated", "accelerated / fastpeft")
 LLAMA = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8,
          "vocab_size": 2000}  # fmt: skip
+SEVEN_BILLION = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+                 "vocab_size": 32000}  # fmt: skip
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPT, COMPILED_TOKENS = 32, 16
 TAKE_OVERS = 5
@@ -257,9 +259,8 @@ def compiled_line(row: Compiled) -> str:
 # ---------------------------------------------------------------------- a large model
 
 
-def take_over_seconds(peft: ModuleType, sizes: dict[str, int]) -> tuple[int, float]:
-    """The layers of a Llama on the meta device, by default of seven billion parameters, and the median seconds in
-    which `accelerate` takes them over."""
+def take_over(peft: ModuleType, sizes: dict[str, int]) -> tuple[int, float]:
+    """How many layers of a Llama on the meta device `accelerate` takes over, and the median of the seconds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
@@ -321,9 +322,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in arguments.methods:
         compiled.append(measure_compiled(name, arguments.sizes[0], COMPILED_TOKENS))
         print(compiled_line(compiled[-1]), flush=True)
-    layers, seconds = take_over_seconds(peft, {})
-    print("", f"accelerate takes over {layers} layers of a Llama of seven billion parameters in {seconds:.2f} s.",
-          tables.setting(peft), sep="\n")  # fmt: skip
+    layers, seconds = take_over(peft, SEVEN_BILLION)
+    print(f"\naccelerate takes over {layers} layers of a Llama of seven billion parameters in {seconds:.2f} s.\n")
+    print(tables.setting(peft))
     if arguments.json:
         record["rows"] = [asdict(row) for row in rows]
         record["token"] = asdict(token)
