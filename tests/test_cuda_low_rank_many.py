@@ -6,7 +6,6 @@ tests/cuda_host/run_low_rank_many.cpp runs the kernel on the CPU over awkward sh
 import json
 import subprocess
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pytest
 import torch
@@ -37,6 +36,7 @@ from fastpeft.ops.low_rank_many import (
     pack_lora,
     pack_mos,
 )
+from fastpeft.ops.many import plan_rows
 
 build, compiled, on_the_cpu = fixtures()
 
@@ -49,7 +49,7 @@ class Case:
     in_features: int
     out_features: int
     ranks: tuple[int, ...]
-    shards: int = 0  # of a vector; 0 for no index
+    shards: int = 1  # of a vector
     same: int | None = None
     x_padding: int = 0  # elements between the end of a row of x and the next one
     y_padding: int = 0
@@ -112,17 +112,19 @@ def sample(case: Case, dtype: torch.dtype, shard_dtype: torch.dtype) -> tuple[Te
     def randn(*size):
         return torch.randn(size, generator=generator)
 
-    rows = sum(case.ranks)
-    first = torch.tensor([sum(case.ranks[:i]) for i in range(len(case.ranks) + 1)], dtype=torch.int32)
-    scaling = torch.linspace(0.5, 2.0, len(case.ranks))
-    per_row, indices = max(case.shards, 1), [None, None]
-    counts = [rows, rows]
-    if case.shards:
-        counts = [rows * per_row // 2 + 1, rows * per_row // 3 + 1]
-        indices = [torch.randint(count, (rows, per_row), generator=generator, dtype=torch.int32) for count in counts]
-    shards_A = (randn(counts[0], case.in_features // per_row) / case.in_features**0.5).to(shard_dtype)
-    shards_B = randn(counts[1], case.out_features // per_row).to(shard_dtype)
-    tables = ManyAdapters(shards_A, indices[0], shards_B, indices[1], first, scaling)
+    slots, r_max, per_row = len(case.ranks), max(case.ranks), case.shards
+    vectors = sum(case.ranks) * per_row
+    counts = [vectors, vectors] if per_row == 1 else [vectors // 2 + 1, vectors // 3 + 1]
+    # What is beyond a rank is not to be read.
+    used = torch.arange(r_max) < torch.tensor(case.ranks)[:, None]
+    indices = [torch.full((slots, r_max, per_row), 1 << 30, dtype=torch.int32) for _ in counts]
+    for index, count in zip(indices, counts, strict=True):
+        where = torch.randint(count, (vectors,), generator=generator, dtype=torch.int32)
+        index[used] = (where if per_row > 1 else torch.randperm(count, generator=generator).int()).view(-1, per_row)
+    rank, scaling = torch.tensor(case.ranks, dtype=torch.int32), torch.linspace(0.5, 2.0, slots)
+    arena_A = (randn(counts[0], case.in_features // per_row) / case.in_features**0.5).to(shard_dtype)
+    arena_B = randn(counts[1], case.out_features // per_row).to(shard_dtype)
+    tables = ManyAdapters(arena_A, indices[0], arena_B, indices[1], rank, scaling)
     check_tables(tables)
     numbers = torch.arange(case.tokens, dtype=torch.int32) % (len(case.ranks) + 1) - 1
     adapter = numbers if case.same is None else torch.full_like(numbers, case.same)
@@ -137,48 +139,51 @@ def sample(case: Case, dtype: torch.dtype, shard_dtype: torch.dtype) -> tuple[Te
 def dense(x: Tensor, y: Tensor, tables: ManyAdapters, adapter: Tensor) -> Tensor:
     """In float64, row by row."""
     result = y.double()
-    A, B_transposed = (part.double() for part in tables.rows(0, int(tables.first[-1])))
-    for t, number in enumerate(adapter.tolist()):
-        if 0 <= number < len(tables.scaling):
-            rows = slice(int(tables.first[number]), int(tables.first[number + 1]))
-            result[t] += float(tables.scaling[number]) * (A[rows] @ x[t].double()) @ B_transposed[rows]
+    for t, slot in enumerate(adapter.tolist()):
+        if 0 <= slot < len(tables.scaling):
+            A, B_transposed = (part.double() for part in tables.vectors(slot))
+            result[t] += float(tables.scaling[slot]) * (A @ x[t].double()) @ B_transposed
     return result
 
 
 def untouched(tables: ManyAdapters, adapter: Tensor) -> Tensor:
-    ranks = tables.first.diff().tolist()
+    ranks = tables.rank.tolist()
     return torch.tensor([not 0 <= number < len(ranks) or ranks[number] == 0 for number in adapter.tolist()])
 
 
 def check(found: Tensor, x: Tensor, y: Tensor, tables: ManyAdapters, adapter: Tensor) -> None:
     """Against float64, with twice the error that the composition has."""
     exact, composed = dense(x, y, tables, adapter), y.clone()
-    low_rank_many_(composed, x, tables, adapter)
+    with fastpeft.use_backend("torch"):
+        low_rank_many_(composed, x, *tables, *plan_rows(adapter, len(tables.rank)))
     error, allowed = (found.double() - exact).norm(), 2 * (composed.double() - exact).norm() + 1e-7 * exact.norm()
     assert error <= allowed, f"error {error:.3g}, the same-dtype composition is at {allowed / 2:.3g}"
     alone = untouched(tables, adapter)
     assert torch.equal(found[alone], y[alone])
 
 
-def run(build, tmp_path, case: Case, x, y, tables: ManyAdapters, adapter, shards: str | None = None) -> Tensor:
+def run(build, tmp_path, case: Case, x, y, tables: ManyAdapters, adapter) -> Tensor:
     names = {dtype: name for name, dtype in DTYPES.items()}
-    files = {"x": x, "y": y, **tables._asdict(), "adapter": adapter}
+    rows, slots = plan_rows(adapter, len(case.ranks))
+    if case.tokens == 17:  # slots that are not there, and rows
+        slots[-1], slots[-2], rows[-3] = len(case.ranks), -7, 17
+    files = {"x": x, "y": y, **tables._asdict(), "rows": rows, "slots": slots}
     numbers = {
         "tokens": case.tokens,
         "in": case.in_features,
         "out": case.out_features,
-        "per_row": max(case.shards, 1),
-        "count_A": len(tables.shards_A),
-        "count_B": len(tables.shards_B),
-        "rows": sum(case.ranks),
-        "adapters": len(case.ranks),
+        "per_row": case.shards,
+        "count_A": len(tables.arena_A),
+        "count_B": len(tables.arena_B),
+        "r_max": max(case.ranks),
+        "count": len(case.ranks),
         "processors": case.processors,
         "seeds": 4,  # threads in ascending order, in descending order, and twice in a random one
         "x_stride": case.in_features + case.x_padding,
         "y_stride": case.out_features + case.y_padding,
         **{name: getattr(case, name) for name in ("x_offset", "y_offset", "A_offset", "B_offset")},
     }
-    command = [build("run_low_rank_many"), "run", names[x.dtype], names[tables.shards_A.dtype]]
+    command = [build("run_low_rank_many"), "run", names[x.dtype], names[tables.arena_A.dtype]]
     command += [f"{name}={number}" for name, number in numbers.items()]
     for name, tensor in files.items():
         if tensor is not None:
@@ -198,7 +203,7 @@ def test_kernel_matches_float64(build, tmp_path, case, dtypes):
 
 
 @needs_cxx
-@pytest.mark.parametrize("broken", ["index_A", "index_B", "first", "past", "adapter"])
+@pytest.mark.parametrize("broken", ["index_A", "index_B", "rank", "past"])
 def test_kernel_reads_nothing_outside_of_broken_tables(build, tmp_path, broken):
     """The buffers end where the tensors end, so AddressSanitizer sees it."""
     case = Case(3, 64, 64, (8, 3), shards=2)
@@ -206,14 +211,12 @@ def test_kernel_reads_nothing_outside_of_broken_tables(build, tmp_path, broken):
     if broken.startswith("index"):
         getattr(tables, broken)[::2] = 1 << 30
         getattr(tables, broken)[1::2] = -5
-    elif broken == "first":
-        tables.first.copy_(torch.tensor([-(1 << 31), 1 << 30, (1 << 31) - 1]))
-    elif broken == "past":
-        tables.first.copy_(torch.tensor([9, 1 << 30, 3]))
+    elif broken == "rank":
+        tables.rank.copy_(torch.tensor([-(1 << 31), -1]))
     else:
-        adapter.copy_(torch.tensor([2, -2, 1 << 30]))
+        tables.rank.copy_(torch.tensor([9, 1 << 30]))
     found = run(build, tmp_path, case, x, y, tables, adapter)
-    if broken in ("first", "adapter"):
+    if broken == "rank":
         assert torch.equal(found, y)
 
 
@@ -249,12 +252,13 @@ def test_operator_on_a_gpu(case, dtypes):
         pytest.skip("no GPU, or an extension without kernels for it")
     x, y, tables, adapter = sample(case, *(DTYPES[name] for name in dtypes))
     padded = torch.nn.functional.pad(x, (case.x_offset, max(case.x_padding, 0))).cuda()
-    on_gpu = ManyAdapters(*(None if tensor is None else tensor.cuda() for tensor in tables))
-    x_gpu, adapter_gpu = padded[:, case.x_offset :][:, : case.in_features], adapter.cuda()
+    on_gpu = ManyAdapters(*(tensor.cuda() for tensor in tables))
+    x_gpu = padded[:, case.x_offset :][:, : case.in_features]
+    plan_gpu = plan_rows(adapter.cuda(), len(case.ranks))
 
     def call():
         result = y.cuda()
-        torch.ops.fastpeft.low_rank_many_(result, x_gpu, *on_gpu, adapter_gpu)
+        torch.ops.fastpeft.low_rank_many_(result, x_gpu, *on_gpu, *plan_gpu)
         return result
 
     found = call()
@@ -264,7 +268,7 @@ def test_operator_on_a_gpu(case, dtypes):
 
     def again():
         fresh = result.clone()
-        torch.ops.fastpeft.low_rank_many_(fresh, x_gpu, *on_gpu, adapter_gpu)
+        torch.ops.fastpeft.low_rank_many_(fresh, x_gpu, *on_gpu, *plan_gpu)
         return [fresh]
 
     assert torch.equal(call(), found) and torch.equal(replayed(again)[0], found)
@@ -328,8 +332,8 @@ def test_mos_adapters_in_one_batch(backend):
         pools = [(pool, torch.randint(len(pool), (r, 3), generator=generator)) for pool in (pool_A, pool_B)]
         adapters.append((*pools[0], *pools[1], 0.5 + r))
     packed = pack_mos(adapters)
-    assert packed.shards_A.shape == (9, 4) and packed.shards_B.shape == (9, 5)  # a shared pool is there once
-    assert packed.first.tolist() == [0, 4, 6, 9, 9]
+    assert packed.arena_A.shape == (9, 4) and packed.arena_B.shape == (9, 5)  # a shared pool is there once
+    assert packed.rank.tolist() == [4, 2, 3, 0] and packed.index_A.shape == (4, 4, 3)
     x, weight, bias = base_layer(torch.float64, 12, 15)
     with fastpeft.use_backend(backend):
         y = low_rank_many(x, weight, bias, packed, NUMBERS)
@@ -344,10 +348,10 @@ def test_a_layer_on_a_gpu():
     if not has_gpu_kernel("low_rank_many_"):
         pytest.skip("no GPU, or an extension without kernels for it")
     packed, (x, weight, bias) = pack_lora(lora_adapters(torch.bfloat16)), base_layer(torch.float32)
-    on_gpu = ManyAdapters(*(None if tensor is None else tensor.cuda() for tensor in packed))
+    on_gpu = ManyAdapters(*(tensor.cuda() for tensor in packed))
     arguments = [tensor.cuda() for tensor in (x, weight, bias)]
     expected = low_rank_many(x, weight, bias, packed, NUMBERS)
-    assert LOW_RANK_MANY.choose(arguments[0], on_gpu.shards_A) == "native"
+    assert LOW_RANK_MANY.choose(arguments[0], on_gpu.arena_A) == "native"
     y = low_rank_many(*arguments, on_gpu, NUMBERS.cuda())
     torch.testing.assert_close(y.cpu(), expected, rtol=1e-5, atol=1e-4)
     # Features that are not side by side, and numbers that are not either.
@@ -366,10 +370,9 @@ def test_composition_rounds_once(dtypes):
     before = torch.nn.functional.linear(x, weight, bias)
     exact = dense(x.flatten(0, 1), before.flatten(0, 1), packed, NUMBERS.flatten()).view_as(y)
     # Half a unit for the rounding, and in float32 one for each term of the two sums, on what is added up.
-    A, B, scaling = packed.shards_A.abs(), packed.shards_B.abs(), packed.scaling.abs()
-    sizes = packed._replace(shards_A=A, shards_B=B, scaling=scaling)
+    sizes = packed._replace(arena_A=packed.arena_A.abs(), arena_B=packed.arena_B.abs(), scaling=packed.scaling.abs())
     added = dense(x.abs().flatten(0, 1), before.abs().flatten(0, 1), sizes, NUMBERS.flatten()).view_as(y)
-    terms = x.shape[-1] + packed.shards_A.shape[0] + 3  # and the base product, the scaling, the conversion
+    terms = x.shape[-1] + packed.arena_A.shape[0] + 3  # and the base product, the scaling, the conversion
     allowed = torch.finfo(dtype).eps / 2 * exact.abs() + terms * torch.finfo(torch.float32).eps / 2 * added
     assert ((y.double() - exact).abs() <= allowed).all()
 
@@ -387,25 +390,24 @@ def test_no_rows_and_autocast():
 def test_what_is_packed():
     adapters = lora_adapters(torch.bfloat16)
     packed = pack_lora([(A.requires_grad_(), B, s) for A, B, s in adapters])
-    assert packed.index_A is None and packed.index_B is None and not packed.shards_A.requires_grad
+    assert not packed.arena_A.requires_grad
     assert (packed.in_features, packed.out_features) == (12, 10)
-    assert packed.shards_A.dtype == torch.bfloat16 and packed.shards_A.shape == (12, 12)
-    for (start, stop), (A, B, _) in zip(pairwise(packed.first.tolist()), adapters, strict=True):
-        found = packed.rows(start, stop)
+    assert packed.arena_A.dtype == torch.bfloat16 and packed.arena_A.shape == (12, 12)
+    for slot, (A, B, _) in enumerate(adapters):
+        found = packed.vectors(slot)
         assert torch.equal(found[0], A) and torch.equal(found[1], B.T)
     torch.testing.assert_close(packed.scaling, torch.tensor([4.5, 0.5, 1.5, 7.5]))
 
 
 def test_operator_has_a_schema_and_a_fake():
-    assert LOW_RANK_MANY.compiled_for in ([], ["cuda"])
     schema = torch.ops.fastpeft.low_rank_many_.default._schema
     assert [argument.name for argument in schema.arguments if argument.alias_info] == ["y"] and not schema.returns
     packed = pack_lora(lora_adapters(torch.float32))
     with FakeTensorMode() as mode:
-        fake = [None if tensor is None else mode.from_tensor(tensor) for tensor in packed]
+        fake = [mode.from_tensor(tensor) for tensor in packed]
         y, x = torch.empty(3, 10), torch.empty(3, 12)
-        adapter = torch.empty(3, dtype=torch.int32)
-        assert torch.ops.fastpeft.low_rank_many_(y, x, *fake, adapter) is None
+        plan = torch.empty(3, dtype=torch.int32), torch.empty(3, dtype=torch.int32)
+        assert torch.ops.fastpeft.low_rank_many_(y, x, *fake, *plan) is None
 
 
 def test_bad_tables():
@@ -427,16 +429,16 @@ def test_bad_tables():
     with pytest.raises(ValueError, match=r"index_B of adapter 0 must have shape \(2, 2\), got \(2, 1\)"):
         pack_mos([(pool, index.clamp(max=2), pool, index[:, :1], s)])
     packed = pack_lora(adapters)
-    with pytest.raises(ValueError, match=r"first must rise from 0 to the number of packed rows, 12, got \[0, 4, 3"):
-        check_tables(packed._replace(first=torch.tensor([0, 4, 3, 5, 12], dtype=torch.int32)))
-    with pytest.raises(TypeError, match=r"first must be int32, got torch\.int64"):
-        check_tables(packed._replace(first=packed.first.long()))
+    with pytest.raises(ValueError, match=r"rank must lie in \[0, 7\], got \[0, 8\]"):
+        check_tables(packed._replace(rank=torch.tensor([4, 0, 1, 8], dtype=torch.int32)))
+    with pytest.raises(ValueError, match=r"index_A must hold shard numbers in \[0, 12\), got \[0, 12\]"):
+        check_tables(packed._replace(index_A=packed.index_A + packed.index_A.eq(11)))
+    with pytest.raises(TypeError, match=r"rank must be int32, got torch\.int64"):
+        check_tables(packed._replace(rank=packed.rank.long()))
     with pytest.raises(TypeError, match=r"scaling must be float32, got torch\.float64"):
         check_tables(packed._replace(scaling=packed.scaling.double()))
-    with pytest.raises(ValueError, match="index_B must be given where index_A is, got None"):
-        check_tables(packed._replace(index_A=torch.zeros(12, 1, dtype=torch.int32)))
-    with pytest.raises(ValueError, match="shards_A must be contiguous"):
-        check_tables(packed._replace(shards_A=packed.shards_A.T.contiguous().T))
+    with pytest.raises(ValueError, match="arena_A must be contiguous"):
+        check_tables(packed._replace(arena_A=packed.arena_A.T.contiguous().T))
 
 
 def test_bad_arguments():
@@ -452,7 +454,7 @@ def test_bad_arguments():
     for name, arguments in (
         ("x", (x.clone().requires_grad_(), weight, bias, packed)),
         ("weight", (x, weight.clone().requires_grad_(), bias, packed)),
-        ("shards_B", (x, weight, bias, packed._replace(shards_B=packed.shards_B.clone().requires_grad_()))),
+        ("arena_B", (x, weight, bias, packed._replace(arena_B=packed.arena_B.clone().requires_grad_()))),
     ):
         with pytest.raises(ValueError, match=f"{name} must not require a gradient, got requires_grad=True"):
             low_rank_many(*arguments, NUMBERS)

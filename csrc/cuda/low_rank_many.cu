@@ -1,7 +1,5 @@
 // The operator fastpeft::low_rank_many_ on CUDA tensors. Schema and fake: fastpeft/ops/low_rank_many.py; maths:
 // low_rank_many.cuh.
-#include <optional>
-
 #include "cuda/low_rank_many.cuh"
 #include "cuda/tensor.h"
 
@@ -31,53 +29,54 @@ void check_table(const Tensor& tensor, const char* name, ScalarType type, int64_
                   " has more than 2^31 rows, ", tensor.size(0));
 }
 
-Shards shards_of(const Tensor& shards, const std::optional<Tensor>& index, int64_t features, const char* name,
-                 const char* index_name, const Tensor& y) {
-  check_table(shards, name, shards.scalar_type(), 2, y);
-  if (index) check_table(*index, index_name, ScalarType::Int, 2, y);
-  const int64_t width = shards.size(1), per_row = index ? index->size(1) : 1;
-  STD_TORCH_CHECK(width * per_row == features, "low_rank_many: ", name, " must have shards of ", features,
-                  " features divided by the ", per_row, " of a row, got ", width);
+Shards shards_of(const Tensor& arena, const Tensor& index, int64_t features, const char* name, const char* index_name,
+                 const Tensor& y) {
+  check_table(arena, name, arena.scalar_type(), 2, y);
+  check_table(index, index_name, ScalarType::Int, 3, y);
+  const int64_t width = arena.size(1), per_row = index.size(2);
+  STD_TORCH_CHECK(width * per_row == features, "low_rank_many: ", name, " must have rows of ", features,
+                  " features divided by ", per_row, ", got ", width);
+  STD_TORCH_CHECK(index.size(0) * index.size(1) <= INT32_MAX, "low_rank_many: ", index_name,
+                  " must have fewer than 2^31 rows");
   return {
-      .shards = shards.const_data_ptr(),
-      .index = index ? static_cast<const int*>(index->const_data_ptr()) : nullptr,
-      .count = static_cast<int>(shards.size(0)),
+      .shards = arena.const_data_ptr(),
+      .index = static_cast<const int*>(index.const_data_ptr()),
+      .count = static_cast<int>(arena.size(0)),
       .width = static_cast<int>(width),
       .per_row = static_cast<int>(per_row),
-      .packed = shards_are_packed(shards.const_data_ptr(), width, static_cast<int>(shards.element_size())),
+      .packed = shards_are_packed(arena.const_data_ptr(), width, static_cast<int>(arena.element_size())),
   };
 }
 
-// Checks what a shape can tell; what is in the tables was checked when they were made.
-void low_rank_many(Tensor y, const Tensor& x, const Tensor& shards_A, const std::optional<Tensor>& index_A,
-                   const Tensor& shards_B, const std::optional<Tensor>& index_B, const Tensor& first,
-                   const Tensor& scaling, const Tensor& adapter) {
+// Checks what a shape can tell; numbers that lead outside of the tensors are nobody's or the last one's.
+void low_rank_many(Tensor y, const Tensor& x, const Tensor& arena_A, const Tensor& index_A, const Tensor& arena_B,
+                   const Tensor& index_B, const Tensor& rank, const Tensor& scaling, const Tensor& rows,
+                   const Tensor& slots) {
   STD_TORCH_CHECK(y.is_cuda(), "low_rank_many: y must be on a GPU, it is not");
   check_rows(y, "y");
   check_rows(x, "x");
   check_device(x, kOp, "x", y, "y");
-  const ScalarType type = y.scalar_type(), shard_type = shards_A.scalar_type();
-  const Element element = element_of(y, kOp, "y"), shard_element = element_of(shards_A, kOp, "shards_A");
+  const ScalarType type = y.scalar_type(), shard_type = arena_A.scalar_type();
+  const Element element = element_of(y, kOp, "y"), shard_element = element_of(arena_A, kOp, "arena_A");
   STD_TORCH_CHECK(x.scalar_type() == type && x.size(0) == y.size(0), "low_rank_many: x must be ", type, " and have ",
                   y.size(0), " rows as y has, got ", x.scalar_type(), " and ", x.size(0), " rows");
-  STD_TORCH_CHECK(shards_B.scalar_type() == shard_type, "low_rank_many: shards_B must have the dtype of shards_A, ",
-                  shard_type, ", got ", shards_B.scalar_type());
-  STD_TORCH_CHECK(index_A.has_value() == index_B.has_value(),
-                  "low_rank_many: index_A and index_B must both be given or neither");
-  const Shards a = shards_of(shards_A, index_A, x.size(1), "shards_A", "index_A", y);
-  const Shards b = shards_of(shards_B, index_B, y.size(1), "shards_B", "index_B", y);
-  const int64_t rows = index_A ? index_A->size(0) : shards_A.size(0);
-  const int64_t rows_of_B = index_B ? index_B->size(0) : shards_B.size(0);
-  STD_TORCH_CHECK(rows == rows_of_B, "low_rank_many: B must have as many rows as A, ", rows, ", got ", rows_of_B);
-  check_table(first, "first", ScalarType::Int, 1, y);
+  STD_TORCH_CHECK(arena_B.scalar_type() == shard_type, "low_rank_many: arena_B must have the dtype of arena_A, ",
+                  shard_type, ", got ", arena_B.scalar_type());
+  const Shards a = shards_of(arena_A, index_A, x.size(1), "arena_A", "index_A", y);
+  const Shards b = shards_of(arena_B, index_B, y.size(1), "arena_B", "index_B", y);
+  const int64_t tokens = y.size(0), count = index_A.size(0), r_max = index_A.size(1);
+  STD_TORCH_CHECK(index_B.size(0) == count && index_B.size(1) == r_max, "low_rank_many: index_B must have ", count,
+                  " slots of ", r_max, " rows as index_A has, got ", index_B.size(0), " of ", index_B.size(1));
+  check_table(rank, "rank", ScalarType::Int, 1, y);
   check_table(scaling, "scaling", ScalarType::Float, 1, y);
-  check_table(adapter, "adapter", ScalarType::Int, 1, y);
-  const int64_t tokens = y.size(0), adapters = scaling.size(0);
-  STD_TORCH_CHECK(first.size(0) == adapters + 1, "low_rank_many: first must have ", adapters + 1,
-                  " entries, one more than scaling, got ", first.size(0));
-  STD_TORCH_CHECK(adapter.size(0) == tokens, "low_rank_many: adapter must have an entry for each of the ", tokens,
-                  " rows of y, got ", adapter.size(0));
-  if (y.numel() == 0 || x.numel() == 0 || shards_A.numel() == 0 || shards_B.numel() == 0 || adapters == 0) return;
+  check_table(rows, "rows", ScalarType::Int, 1, y);
+  check_table(slots, "slots", ScalarType::Int, 1, y);
+  STD_TORCH_CHECK(rank.size(0) == count && scaling.size(0) == count, "low_rank_many: rank and scaling must have ",
+                  count, " entries, one for each slot, got ", rank.size(0), " and ", scaling.size(0));
+  STD_TORCH_CHECK(rows.size(0) == tokens && slots.size(0) == tokens,
+                  "low_rank_many: rows and slots must have an entry for each of the ", tokens, " rows of y, got ",
+                  rows.size(0), " and ", slots.size(0));
+  if (y.numel() == 0 || x.numel() == 0 || arena_A.numel() == 0 || arena_B.numel() == 0 || count * r_max == 0) return;
 
   const int device = y.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -94,11 +93,13 @@ void low_rank_many(Tensor y, const Tensor& x, const Tensor& shards_A, const std:
       .out = static_cast<int>(y.size(1)),
       .a = a,
       .b = b,
-      .first = static_cast<const int*>(first.const_data_ptr()),
+      .rank = static_cast<const int*>(rank.const_data_ptr()),
       .scaling = static_cast<const float*>(scaling.const_data_ptr()),
-      .adapter = static_cast<const int*>(adapter.const_data_ptr()),
-      .adapters = static_cast<int>(adapters),
-      .rows = static_cast<int>(rows),
+      .row_numbers = static_cast<const int*>(rows.const_data_ptr()),
+      .slot_numbers = static_cast<const int*>(slots.const_data_ptr()),
+      .tokens = static_cast<int>(tokens),
+      .slots = static_cast<int>(count),
+      .r_max = static_cast<int>(r_max),
       .ranges = plan.ranges,
       .outputs = plan.outputs,
       .front_floats = plan.front_floats,

@@ -1,13 +1,14 @@
-// Decoding with many low-rank adapters in one batch: y[t] += s[a] B_a (A_a x[t]) with a = adapter[t], or nothing.
+// Decoding with many low-rank adapters in one batch: y[t] += s[a] B_a (A_a x[t]), a the slot of row t, or nothing.
 //
-// LoRA (arXiv 2106.09685) and MoS (arXiv 2410.00938) alike: row j of the packed A, and of the packed B transposed, is
-// per_row shards side by side, found by index[j]; without an index row j is shard j. Adapter a has the packed rows
-// first[a] ... first[a + 1] - 1, so ranks differ and nothing is padded. That every row of a batch looks its adapter up
-// in one launch is the idea of Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285).
+// LoRA (arXiv 2106.09685) and MoS (arXiv 2410.00938) alike: row j of a slot's A, and of its B transposed, is per_row
+// shards of an arena side by side, found by index[slot, j]. The first rank[slot] rows count, so ranks differ and
+// nothing but indices is padded. That every row of a batch looks its adapter up in one launch is the idea of Punica
+// (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285).
 //
-// A thread block has one row t and a range of outputs. It computes all of h = s A x[t], which stays in shared memory,
-// then y += h B^T for its outputs: every range of a row streams A again, which costs less than a second launch, or a
-// wait for other thread blocks, while ranks are small. Sums are float32 in an order that only the plan decides.
+// A thread block has one row t, named by the plan, and a range of outputs. It computes all of h = s A x[t], which stays
+// in shared memory, then y += h B^T for its outputs: every range of a row streams A again, which costs less than a
+// second launch, or a wait for other thread blocks, while ranks are small. Sums are float32 in an order that only the
+// plan decides.
 //
 // Raw pointers only, no allocation, no synchronisation with the host. tests/cuda_host compiles this file for a CPU.
 #pragma once
@@ -26,10 +27,11 @@ constexpr int kBatchA = 4;     // vectors that a lane reads of each of two rows 
 constexpr int kBatchB = 8;     // rows of B of which a thread reads a vector at the same time
 constexpr int kSmallPart = 8;  // a block's bytes of A by those of B beyond which narrower ranges gain nothing
 
-// Rows made of shards. `packed` says that 16 bytes of a shard can be read at once, everywhere.
+// Rows made of shards; row j of a slot is number slot * r_max + j. `packed` says that 16 bytes of a shard can be read
+// at once, everywhere.
 struct Shards {
   const void* shards;  // [count, width]
-  const int* index;    // [rows, per_row], or nullptr: row j is shard j
+  const int* index;    // [slots, r_max, per_row]
   int count, width, per_row;
   bool packed;
 };
@@ -41,10 +43,11 @@ struct Arguments {
   int64_t x_row_stride, y_row_stride;
   int in, out;
   Shards a, b;
-  const int* first;      // [adapters + 1]
-  const float* scaling;  // [adapters]
-  const int* adapter;    // [tokens]
-  int adapters, rows;
+  const int* rank;          // [slots]
+  const float* scaling;     // [slots]
+  const int* row_numbers;   // [tokens]
+  const int* slot_numbers;  // [tokens]
+  int tokens, slots, r_max;
   int ranges, outputs;  // of a row of y, and of a range; the blocks of the grid go through the ranges first
   int front_floats;
 };
@@ -176,14 +179,16 @@ __device__ __forceinline__ float2 project(const Shards& a, const float* staged, 
   using Raw = typename Vector<S, kPacked>::Raw;
   constexpr int kWidth = Vector<S, kPacked>::kWidth, kPlanes = Vector<S, kPacked>::kPlanes;
   const int vectors = count / kWidth, plane_vectors = (count + 7) / 8;
-  // Where in the row it is, divided once; without an index the row is one shard.
+  // Where in the row it is, divided once.
   int shard = (first_feature + vector * kWidth) / a.width, offset = (first_feature + vector * kWidth) % a.width;
   const int step_shards = step * kWidth / a.width, step_offset = step * kWidth % a.width;
+
+  const int whole[2] = {shard_number(a, row, 0), shard_number(a, next_row, 0)};
 
   float2 sum = make_float2(0.0f, 0.0f);
   for (; vector < vectors; vector += kBatchA * step) {
     int offsets[kBatchA], numbers[kBatchA][2];
-    if (a.index) {
+    if (a.per_row > 1) {
 #pragma unroll
       for (int i = 0; i < kBatchA; ++i) {
         const bool there = vector + i * step < vectors;
@@ -198,7 +203,7 @@ __device__ __forceinline__ float2 project(const Shards& a, const float* staged, 
       for (int i = 0; i < kBatchA; ++i) {
         const bool there = vector + i * step < vectors;
         offsets[i] = first_feature + (there ? vector + i * step : vector) * kWidth;
-        numbers[i][0] = row, numbers[i][1] = next_row;
+        numbers[i][0] = whole[0], numbers[i][1] = whole[1];
       }
     }
     Raw raw[kBatchA][2];
@@ -278,10 +283,8 @@ __device__ __forceinline__ void expand(const Shards& b, const float* h, int firs
       int numbers[kBatchB];
 #pragma unroll
       for (int i = 0; i < kBatchB; ++i) numbers[i] = first + (j + i * parts < rows ? j + i * parts : j);
-      if (b.index) {
 #pragma unroll
-        for (int i = 0; i < kBatchB; ++i) numbers[i] = shard_number(b, numbers[i], shard);
-      }
+      for (int i = 0; i < kBatchB; ++i) numbers[i] = shard_number(b, numbers[i], shard);
       Raw raw[kBatchB];
 #pragma unroll
       for (int i = 0; i < kBatchB; ++i) raw[i] = load<S, Raw>(b, numbers[i], offset);
@@ -306,11 +309,7 @@ __device__ __forceinline__ void expand(const Shards& b, const float* h, int firs
     for (int j = part; j < rows; j += parts) {
       int numbers[kOutputs];
 #pragma unroll
-      for (int e = 0; e < kOutputs; ++e) numbers[e] = first + j;
-      if (b.index) {
-#pragma unroll
-        for (int e = 0; e < kOutputs; ++e) numbers[e] = shard_number(b, first + j, shard[e]);
-      }
+      for (int e = 0; e < kOutputs; ++e) numbers[e] = shard_number(b, first + j, shard[e]);
       Raw raw[kOutputs];
 #pragma unroll
       for (int e = 0; e < kOutputs; ++e) raw[e] = load<S, Raw>(b, numbers[e], offset[e]);
@@ -369,15 +368,15 @@ __device__ __forceinline__ void update(T* y, const float* sums, int count, int p
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 1) low_rank_many_kernel(const __grid_constant__ Arguments args) {
   extern __shared__ float4 shared_memory[];
-  const int64_t t = blockIdx.x / static_cast<unsigned>(args.ranges);
+  const int64_t position = blockIdx.x / static_cast<unsigned>(args.ranges);
   const int begin = static_cast<int>(blockIdx.x % static_cast<unsigned>(args.ranges)) * args.outputs;
   const int count = min(args.outputs, args.out - begin);
-  const int adapter = args.adapter[t];
-  if (adapter < 0 || adapter >= args.adapters) return;
-  const int first = args.first[adapter], last = min(args.first[adapter + 1], args.rows);
-  if (first < 0 || first >= last) return;
-  const int rank = last - first;
-  const float scaling = args.scaling[adapter];
+  const int slot = args.slot_numbers[position];
+  const int64_t t = args.row_numbers[position];
+  if (slot < 0 || slot >= args.slots || t < 0 || t >= args.tokens) return;
+  const int first = slot * args.r_max, rank = min(args.rank[slot], args.r_max);
+  if (rank <= 0) return;
+  const float scaling = args.scaling[slot];
 
   constexpr int kOutputs = Vector<S, true>::kWidth;
   float* const front = reinterpret_cast<float*>(shared_memory);
@@ -390,12 +389,12 @@ __global__ void __launch_bounds__(kThreads, 1) low_rank_many_kernel(const __grid
   const int part = static_cast<int>(threadIdx.x) / columns, column = static_cast<int>(threadIdx.x) % columns;
   float acc[kOutputs] = {};
 
-  if (!args.b.index) {
-    // B comes nearer while A is read. Where an index had to be read first, threads would wait for it here.
+  if (args.b.per_row == 1) {
+    // B comes nearer while A is read. Of shards there would be more indices to wait for than lines to ask for.
     constexpr int kLine = 128 / sizeof(S);
     const int lines = (count + kLine - 1) / kLine, wanted = min(rank, kSlice) * lines;
     for (int i = static_cast<int>(threadIdx.x); i < wanted; i += kThreads) {
-      const int64_t row = first + i / lines;
+      const int64_t row = shard_number(args.b, first + i / lines, 0);
       prefetch(static_cast<const S*>(args.b.shards) + row * args.b.width + begin + i % lines * kLine);
     }
   }

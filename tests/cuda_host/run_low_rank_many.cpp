@@ -7,9 +7,9 @@
 //       runs the kernel once for every seed, checks that what lies between the rows of y stays as it is, and that every
 //       seed gives the same bits, and writes them
 //
-// Numbers: tokens, in, out, per_row, count_A, count_B, rows, adapters, processors, seeds; x_stride and y_stride between
-// rows; x_offset, y_offset, A_offset and B_offset, elements from a 16-byte boundary. Files: x, y, shards_A, shards_B,
-// first, scaling, adapter, and index_A and index_B unless row j is shard j; result is written. The buffers have no byte
+// Numbers: tokens, in, out, per_row, count_A, count_B, r_max, count, processors, seeds; x_stride and y_stride between
+// rows; x_offset, y_offset, A_offset and B_offset, elements from a 16-byte boundary. Files: x, y, arena_A, index_A,
+// arena_B, index_B, rank, scaling, rows and slots; result is written. The buffers have no byte
 // more than the tensors, except that rows of y far apart are in memory that is only touched where there are rows.
 #include <sys/mman.h>
 
@@ -34,7 +34,7 @@ void spread(const std::string& rows, size_t row_bytes, size_t stride, char* to) 
 template <typename T, typename S>
 void run(const Options& options) {
   const size_t tokens = options.size("tokens"), in = options.size("in"), out = options.size("out");
-  const size_t per_row = options.size("per_row"), rows = options.size("rows"), adapters = options.size("adapters");
+  const size_t per_row = options.size("per_row"), r_max = options.size("r_max"), count = options.size("count");
   const size_t count_a = options.size("count_A"), count_b = options.size("count_B");
   const size_t x_stride = options.size("x_stride"), y_stride = options.size("y_stride");
 
@@ -42,20 +42,20 @@ void run(const Options& options) {
   spread(options.content("x", tokens * in * sizeof(T)), in * sizeof(T), x_stride * sizeof(T), x.as());
   const std::string y_before = options.content("y", tokens * out * sizeof(T));
   const size_t y_bytes = ((tokens - 1) * y_stride + out) * sizeof(T);
-  const Buffer a = options.file("shards_A", count_a * in / per_row * sizeof(S), options.size("A_offset") * sizeof(S));
-  const Buffer b = options.file("shards_B", count_b * out / per_row * sizeof(S), options.size("B_offset") * sizeof(S));
-  const size_t index_bytes = options.has("index_A") ? rows * per_row * sizeof(int) : 0;
-  const Buffer index_a = index_bytes ? options.file("index_A", index_bytes) : Buffer(0, 0);
-  const Buffer index_b = index_bytes ? options.file("index_B", index_bytes) : Buffer(0, 0);
-  const Buffer first = options.file("first", (adapters + 1) * sizeof(int));
-  const Buffer scaling = options.file("scaling", adapters * sizeof(float));
-  const Buffer adapter = options.file("adapter", tokens * sizeof(int));
+  const Buffer a = options.file("arena_A", count_a * in / per_row * sizeof(S), options.size("A_offset") * sizeof(S));
+  const Buffer b = options.file("arena_B", count_b * out / per_row * sizeof(S), options.size("B_offset") * sizeof(S));
+  const Buffer index_a = options.file("index_A", count * r_max * per_row * sizeof(int));
+  const Buffer index_b = options.file("index_B", count * r_max * per_row * sizeof(int));
+  const Buffer rank = options.file("rank", count * sizeof(int));
+  const Buffer scaling = options.file("scaling", count * sizeof(float));
+  const Buffer rows = options.file("rows", tokens * sizeof(int));
+  const Buffer slots = options.file("slots", tokens * sizeof(int));
 
-  const auto shards = [&](const Buffer& data, const Buffer& index, size_t count, size_t features) {
+  const auto shards = [&](const Buffer& data, const Buffer& index, size_t shards, size_t features) {
     return Shards{
         .shards = data.as(),
-        .index = index_bytes ? index.as<int>() : nullptr,
-        .count = static_cast<int>(count),
+        .index = index.as<int>(),
+        .count = static_cast<int>(shards),
         .width = static_cast<int>(features / per_row),
         .per_row = static_cast<int>(per_row),
         .packed = shards_are_packed(data.as(), static_cast<int64_t>(features / per_row), sizeof(S)),
@@ -74,11 +74,13 @@ void run(const Options& options) {
       .out = static_cast<int>(out),
       .a = shards(a, index_a, count_a, in),
       .b = shards(b, index_b, count_b, out),
-      .first = first.as<int>(),
+      .rank = rank.as<int>(),
       .scaling = scaling.as<float>(),
-      .adapter = adapter.as<int>(),
-      .adapters = static_cast<int>(adapters),
-      .rows = static_cast<int>(rows),
+      .row_numbers = rows.as<int>(),
+      .slot_numbers = slots.as<int>(),
+      .tokens = static_cast<int>(tokens),
+      .slots = static_cast<int>(count),
+      .r_max = static_cast<int>(r_max),
       .ranges = plan.ranges,
       .outputs = plan.outputs,
       .front_floats = plan.front_floats,
