@@ -18,7 +18,7 @@ from fastpeft.ops.many import plan_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OPERATORS = (LOW_RANK_MANY, BOFT_ROTATE_MANY, BOFT_SCALE_MANY, FOURIER_MANY)
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "native"]
 
 
 @dataclass
@@ -229,13 +229,16 @@ def check(bank: Bank, found: Tensor, y: Tensor, x: Tensor, adapter: Tensor) -> N
     assert error <= allowed, f"error {error:.3g}, allowed are {allowed:.3g}"
 
 
-@on_each_backend
-@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES if a == b or b == torch.float32], ids=str)
+DTYPE_PAIRS = [(a, b) for a in DTYPES for b in DTYPES if a == b or b == torch.float32]  # of x and of the arenas
+# Compiled loops take float32 arenas.
+RUNS = [("torch", pair) for pair in DTYPE_PAIRS]
+RUNS += [("native", pair) for pair in DTYPE_PAIRS if pair[0] != torch.float64 and pair[1] == torch.float32]
+
+
+@pytest.mark.parametrize(("backend", "dtypes"), RUNS, ids=str)
 @parametrised
 def test_every_row_against_float64(name, dtypes, backend):
     dtype, arena_dtype = dtypes
-    if backend == "native" and (arena_dtype != torch.float32 or dtype == torch.float64):
-        pytest.skip("the compiled kernels take float32 arenas and at most 32 bits")
     bank = BANKS[name](arena_dtype)
     with fastpeft.use_backend(backend):
         for tokens in (0, 1, 7, 40):

@@ -1,0 +1,120 @@
+// FourierFT for tokens with different adapters: see cpu/fourierft_loops.cpp for the formula. One token is the real part
+// of one lane's signal, since two that shared a signal would share a spectrum. Then S need not be made Hermitian: what
+// that would take away is the imaginary part of the result, which nobody reads.
+//
+// Cost for lanes tokens: two transforms (cpu/fft.h), a transposition on the way in and out and of the coefficients, and
+// for each of n places 2 multiply-adds and 7 loads and stores of vectors.
+#include "cpu/fourierft_many_loops.h"
+
+#include "cpu/fft.h"
+
+namespace fastpeft::FASTPEFT_ISA {
+namespace {
+
+// out[j * stride] = entry j of every row, zeros in lanes that have none.
+template <typename T, typename Row>
+inline void load_lanes(const Row* rows, int64_t count, int64_t length, Vector* out, int64_t stride) {
+  int64_t j = 0;
+  for (; j + kLanes <= length; j += kLanes) {
+    Vector block[kLanes];
+#pragma GCC unroll 16
+    for (int64_t t = 0; t < kLanes; ++t) {
+      block[t] = t < count ? load_vector(static_cast<const T*>(rows[t]) + j) : Vector{};
+    }
+    transpose(block);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i) out[(j + i) * stride] = block[i];
+  }
+  for (; j < length; ++j) {
+    Vector values = {};
+    for (int64_t t = 0; t < count; ++t) values[t] = to_float(static_cast<const T*>(rows[t])[j]);
+    out[j * stride] = values;
+  }
+}
+
+// Adds scale times entry j of `tile` to entry j of every row.
+template <typename T>
+inline void add_lanes(const Vector* tile, int64_t stride, int64_t length, const FourierTile& tokens) {
+  int64_t j = 0;
+  for (; j + kLanes <= length; j += kLanes) {
+    Vector block[kLanes];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i) block[i] = tile[(j + i) * stride];
+    transpose(block);
+    for (int64_t t = 0; t < tokens.count; ++t) {
+      T* to = static_cast<T*>(tokens.y[t]) + j;
+      store_vector(to, load_vector(to) + tokens.scale[t] * block[t]);
+    }
+  }
+  for (; j < length; ++j) {
+    for (int64_t t = 0; t < tokens.count; ++t) {
+      T* to = static_cast<T*>(tokens.y[t]) + j;
+      *to = from_float<T>(to_float(*to) + tokens.scale[t] * tile[j * stride][t]);
+    }
+  }
+}
+
+// target[rows[k]] += coefficients[k] * source[cols[k]] in the lanes that `mine` names.
+template <bool kAll>
+inline void mix_places(const int32_t* places, int64_t n, const Vector* coefficients, Bits mine, const FftPlan& source,
+                       const float* from, const FftPlan& target, float* to) {
+  for (int64_t k = 0; k < n; ++k) {
+    const ComplexVector bin = load_row(from + source.position[places[n + k]] * kRow);
+    float* row = to + target.position[places[k]] * kRow;
+    const ComplexVector old = load_row(row);
+    const Vector c = coefficients[k];
+    ComplexVector sum = {old.re + c * bin.re, old.im + c * bin.im};
+    // Not a coefficient of zero: it would take what is not a number from one lane's x to where the lane has no place.
+    if (!kAll) sum = {mine ? sum.re : old.re, mine ? sum.im : old.im};
+    store_row(row, sum);
+  }
+}
+
+void mix(const FourierTile& tile, const Vector* coefficients, const FftPlan& source, const float* from,
+         const FftPlan& target, float* to) {
+  for (int64_t j = 0; j < target.length; ++j) store_row(to + j * kRow, ComplexVector{});
+  for (int64_t first = 0; first < tile.count; ++first) {
+    Bits mine = {};
+    bool seen = false, all = true;
+    for (int64_t t = 0; t < tile.count; ++t) {
+      const bool same = tile.places[t] == tile.places[first];
+      seen |= same && t < first;
+      all &= same;
+      mine[t] = same ? ~0u : 0u;
+    }
+    if (seen) continue;
+    if (all) {
+      mix_places<true>(tile.places[first], tile.n, coefficients, mine, source, from, target, to);
+    } else {
+      mix_places<false>(tile.places[first], tile.n, coefficients, mine, source, from, target, to);
+    }
+  }
+}
+
+int64_t scratch_floats(const FftPlan& source, const FftPlan& target, int64_t n) {
+  const int64_t one = fft_spare_rows(source), other = fft_spare_rows(target);
+  return (source.length + target.length + (one > other ? one : other)) * kRow + n * kLanes;
+}
+
+void fwd(const FftPlan& source, const FftPlan& target, Scalar scalar, const FourierTile& tile, float* scratch) {
+  float* from = scratch;
+  float* to = from + source.length * kRow;
+  float* coefficients = to + target.length * kRow;
+  float* spare = coefficients + tile.n * kLanes;
+  with_scalar(scalar, [&]<typename T>(T) {
+    Vector* parts = reinterpret_cast<Vector*>(from);
+    load_lanes<T>(tile.x, tile.count, source.length, parts, 2);
+    for (int64_t j = 0; j < source.length; ++j) parts[2 * j + 1] = Vector{};
+    load_lanes<float>(tile.spectrum, tile.count, tile.n, reinterpret_cast<Vector*>(coefficients), 1);
+    fft_decimate(source, from, spare);
+    mix(tile, reinterpret_cast<const Vector*>(coefficients), source, from, target, to);
+    fft_combine(target, to, spare);
+    add_lanes<T>(reinterpret_cast<const Vector*>(to), 2, target.length, tile);
+  });
+}
+
+}  // namespace
+
+const FourierManyLoops fourier_many = {kLanes, scratch_floats, fwd};
+
+}  // namespace fastpeft::FASTPEFT_ISA
