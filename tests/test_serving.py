@@ -231,6 +231,31 @@ def test_a_plan_meets_a_family_that_came_later(folders: dict[str, Path]):
     bank.plan(["lora", None]).refill(["boft", None])
 
 
+def test_a_plan_makes_room_for_itself(folders: dict[str, Path]):
+    """One batch's adapters fit: a plan that holds them is refilled with others, and closed where those are refused."""
+    model = Model().requires_grad_(False)
+    names = ["lora", "lora_alphas", "lora_other_ranks"]
+    bank = make_bank(model, {name: folders[name] for name in names}, max_resident=2, timeout=0)
+    x = randn(2, IN)
+    plan = bank.plan(["lora", "lora"])
+    for rows in (["lora", "lora_alphas"], ["lora_other_ranks", "lora"], ["lora_alphas", "lora_other_ranks"]):
+        plan.refill(rows)
+        with torch.no_grad(), plan:
+            found = model(x)
+        for b, name in enumerate(rows):
+            expected = fastpeft.load_adapter(Model(), folders[name])(x)
+            torch.testing.assert_close(found[b], expected[b].detach())
+    for name in ("boft", "fourierft"):
+        bank.register(name, folders[name])
+    with pytest.raises(ValueError, match="make a new plan"):
+        plan.refill(["boft", "fourierft"])
+    with pytest.raises(ValueError, match="the plan is closed"):
+        plan.refill(["lora", "lora"])
+    with torch.no_grad(), plan, pytest.raises(ValueError, match="the plan is closed"):
+        model(x[None])
+    assert bank.stats()["in_use"] == 0
+
+
 def test_compiled(folders: dict[str, Path]):
     """One graph for every batch that a plan is refilled with."""
     model = Model().requires_grad_(False)

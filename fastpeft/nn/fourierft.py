@@ -192,7 +192,7 @@ class FourierFTAdapter(Adapter):
             return {
                 "row_spectrum": row_spectrum,
                 "place": torch.tensor([place_of[shape] for shape in shapes]),
-                "scaling": torch.full((len(sites),), float(config.scaling)),
+                "scaling": torch.full((len(sites),), config.scaling, dtype=torch.float64),
             }
 
         return Part(FourierFamily(n), sites, rows, entries, expanded_numbers=n * len(sites))

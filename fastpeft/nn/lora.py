@@ -150,7 +150,7 @@ class LoRAAdapter(Adapter):
                 "index_A": index[:, 0, :, None],
                 "index_B": index[:, 1, :, None],
                 "rank": rank,
-                "scaling": torch.tensor(scaling),
+                "scaling": torch.tensor(scaling, dtype=torch.float64),
             }
 
         numbers = sum(rank * (site.in_features + site.out_features) for site, rank in zip(sites, ranks, strict=True))

@@ -220,10 +220,12 @@ class MoSAdapter(Adapter):
         kinds = torch.tensor([pool_of[site.path] for site in sites], dtype=torch.int64)
         sizes = torch.tensor([count for _, _, count, _ in pools[::2]], dtype=torch.int64)[kinds]
 
+        scaling = reference.lora.lora_scaling(rank, config.lora_alpha, False)
+
         def entries(tensors: Tensors, max_rank: int) -> dict[str, Tensor]:
             found = {
                 "rank": torch.full((len(sites),), rank),
-                "scaling": torch.full((len(sites),), reference.lora.lora_scaling(rank, config.lora_alpha, False)),
+                "scaling": torch.full((len(sites),), scaling, dtype=torch.float64),
             }
             for side, name in enumerate(("index_A", "index_B")):
                 index = torch.stack([tensors[f"layers.{site.path}.{name}"] for site in sites]).long()  # (layers, r, l)

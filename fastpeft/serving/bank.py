@@ -19,7 +19,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -300,8 +300,10 @@ class AdapterBank:
     def _timeout(self, given: float | None) -> float:
         return self.timeout if given is None else given
 
-    def _acquire(self, rows: Iterable[str | None], timeout: float) -> dict[str, Version]:
-        return self._residency.acquire(dict.fromkeys(name for name in rows if name is not None), timeout)
+    def _acquire(
+        self, rows: Iterable[str | None], timeout: float, held: Collection[Version] = ()
+    ) -> dict[str, Version]:
+        return self._residency.acquire(dict.fromkeys(name for name in rows if name is not None), timeout, held)
 
     def _release(self, versions: Iterable[Version]) -> None:
         self._residency.release(versions)

@@ -55,7 +55,7 @@ class Plan:
         self._batches: dict[tuple[int, ...], Batch] = {}  # by leading shape
         self._tokens: dict[int, tuple[Tensor, Batch]] = {}  # by rows for each entry
         self._versions: dict[str, Version] = {}
-        self._open = True
+        self._open = False
         versions = bank._acquire(rows, timeout)
         try:
             self._fixed = families is not None
@@ -69,7 +69,7 @@ class Plan:
         except BaseException:
             bank._release(versions.values())
             raise
-        self._versions = versions
+        self._versions, self._open = versions, True
 
     def __len__(self) -> int:
         """The number of entries."""
@@ -83,37 +83,50 @@ class Plan:
         return [(packed[0], packed[1]) for packed in self._expanded(tokens)[0].unbind()]
 
     def refill(self, rows: Sequence[str | None], timeout: float | None = None) -> None:
-        """Gives the plan other adapters, in place, for the batches that begin after this.
+        """Gives the plan other adapters, in place, for the batches that begin after this. No batch may be running.
 
         Raises:
             ValueError: the number of entries differs, the plan is closed, or an adapter is of a family that the plan
                 has not: make a plan with that one.
-            As ``AdapterBank.route``; the plan is unchanged then.
+            As ``AdapterBank.route``. The plan is unchanged then; but where its own adapters had made room for those
+            that then failed, it is closed, and has no adapter for any row.
         """
         if not self._open:
             raise ValueError("the plan is closed: make another one")
         if len(rows) != self._count:
             raise ValueError(f"rows must have {self._count} entries, as the plan was made, got {len(rows)}")
-        versions = self._bank._acquire(rows, self._bank.timeout if timeout is None else timeout)
-        before = versions
         try:
-            self._entries.copy_(self._grouped(rows, versions))
-            for tokens, (packed, _) in self._tokens.items():
-                packed.copy_(_expand(self._entries, tokens))
-            before, self._versions = self._versions, versions
-        finally:
-            self._bank._release(before.values())
+            held = set(self._versions.values())
+            versions = self._bank._acquire(rows, self._bank.timeout if timeout is None else timeout, held)
+            try:
+                entries = self._grouped(rows, versions)
+            except BaseException:
+                self._bank._release(versions.values())
+                raise
+        except BaseException:
+            if any(version.placement is None for version in self._versions.values()):
+                self.close()
+            raise
+        self._write(entries)
+        before, self._versions = self._versions, versions
+        self._bank._release(before.values())
+
+    def _write(self, entries: Tensor) -> None:
+        self._entries.copy_(entries)
+        for tokens, (packed, _) in self._tokens.items():
+            packed.copy_(_expand(self._entries, tokens))
 
     def close(self) -> None:
-        """Gives the adapters back. What was captured with the plan must not run any more."""
+        """Gives the adapters back. What goes on with the plan's tensors has the base model."""
         if self._open:
             self._open = False
+            self._write(self._grouped([None] * self._count, {}))
             versions, self._versions = self._versions, {}
             self._bank._release(versions.values())
 
     def __del__(self) -> None:
         if getattr(self, "_open", False):
-            self.close()
+            self._bank._residency.abandon(self._versions.values())
 
     def __enter__(self) -> Plan:
         self._bank._push(self)
@@ -131,6 +144,8 @@ class Plan:
         shape = tuple(x.shape[:-1])
         batch = self._batches.get(shape)
         if batch is None:
+            if not self._open:
+                raise ValueError("the plan is closed: make another one")
             batch = self._batches[shape] = self._expanded(self._tokens_of(shape))[1]
         return batch
 
@@ -148,8 +163,6 @@ class Plan:
 
     def _expanded(self, tokens: int) -> tuple[Tensor, Batch]:
         if tokens not in self._tokens:
-            if not self._open:
-                raise ValueError("the plan is closed: make another one")
             with torch.inference_mode(False), torch.no_grad():
                 packed = _expand(self._entries, tokens)
             groups = [

@@ -8,10 +8,11 @@ and a version that was unloaded or replaced leaves with its last lease.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -103,6 +104,7 @@ class Residency:
         self._resident: OrderedDict[Version, None] = OrderedDict()  # least recently used first; retired ones too
         self._pinned: set[str] = set()
         self._ends = 0  # how often something that may make room has ended
+        self._abandoned: deque[list[Version]] = deque()
         self._fences: dict[object, torch.cuda.Event] = {}
         self.counts = {"hits": 0, "misses": 0, "evictions": 0}
 
@@ -198,13 +200,14 @@ class Residency:
     def remove(self, name: str, wait: bool, timeout: float | None) -> Version:
         """See AdapterBank.unload."""
         with self._changed:
+            self._drain()
             version = self._find(name)
             if version.leases and not wait:
                 raise AdapterInUseError(f"adapter {name!r} is used by {version.leases} batch(es)")
             del self._registered[name]
             self._pinned.discard(name)
             self._retire(version)
-            if not self._changed.wait_for(lambda: version.leases == 0, timeout):
+            if not self._wait(lambda: version.leases == 0, None if timeout is None else time.monotonic() + timeout):
                 raise TimeoutError(
                     f"adapter {name!r} is still used by {version.leases} batch(es) after {timeout} s; its name is "
                     "gone, and its memory is free when they end"
@@ -227,8 +230,11 @@ class Residency:
 
     # Leases
 
-    def acquire(self, names: Iterable[str], timeout: float) -> dict[str, Version]:
+    def acquire(self, names: Iterable[str], timeout: float, held: Collection[Version] = ()) -> dict[str, Version]:
         """A lease on the version of each name, all of them resident.
+
+        Args:
+            held: versions that the caller has leases on and gives back next; they do not stand in its own way.
 
         Raises:
             UnknownAdapterError: a name is nobody's.
@@ -240,6 +246,7 @@ class Residency:
         first, deadline = True, 0.0
         while True:
             with self._changed:
+                self._drain()
                 versions = {name: self._find(name) for name in wanted}
                 absent = [each for each in versions.values() if each not in self._resident]
                 if first:
@@ -260,8 +267,10 @@ class Residency:
                     absent = [each for each in versions.values() if each not in self._resident]
                     if any(each not in staged for each in absent):
                         continue
-                    ends, placed = self._ends, self._make_room(list(versions.values()))
+                    ends, placed = self._ends, self._make_room(list(versions.values()), held)
                 if placed is not None:
+                    if held:
+                        self._record()  # their rows may be written next
                     self._write(placed, staged, versions.values())
                     return versions
             self._wait_for_an_end(ends, deadline, versions.values())
@@ -270,6 +279,14 @@ class Residency:
         self._record()
         with self._changed:
             self._unlease(versions)
+
+    def abandon(self, versions: Iterable[Version]) -> None:
+        """As release, for finalizers, which may run anywhere, between two lines of this class as well."""
+        self._abandoned.append(list(versions))
+
+    def _drain(self) -> None:
+        while self._abandoned:
+            self._unlease(self._abandoned.popleft())
 
     def _lease(self, versions: Iterable[Version]) -> None:
         for version in versions:
@@ -324,7 +341,7 @@ class Residency:
     def _is_pinned(self, version: Version) -> bool:
         return version.name in self._pinned and not version.retired
 
-    def _make_room(self, versions: Sequence[Version]) -> list[Version] | None:
+    def _make_room(self, versions: Sequence[Version], held: Collection[Version] = ()) -> list[Version] | None:
         """Leases all of them and gives those a place that have none, putting others out, least recently used first.
 
         Returns:
@@ -334,7 +351,7 @@ class Residency:
         names = {each.name for each in keep}
         absent = [each for each in versions if each not in self._resident]
         space = self._space.copy()
-        free = [each for each in self._resident if not each.leases and each not in keep]
+        free = [each for each in self._resident if each.leases == (each in held) and each not in keep]
         replaced = [each for each in free if each.name in names]  # by a new version: nobody will ask for it again
         candidates = iter(replaced + [each for each in free if each.name not in names and not self._is_pinned(each)])
         victims: list[Version] = []
@@ -388,10 +405,21 @@ class Residency:
         self._ends += 1
         self._changed.notify_all()
 
+    def _wait(self, predicate: Callable[[], bool], deadline: float | None) -> bool:
+        """Waits, under the lock, until something is true, and says whether it is."""
+        while True:
+            self._drain()
+            if predicate():
+                return True
+            left = math.inf if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._changed.wait(min(left, 0.1))  # plans that are forgotten do not tell
+
     def _wait_for_an_end(self, ends: int, deadline: float, versions: Iterable[Version]) -> None:
         """Of anything that stood in the way when ``ends`` was read."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._ends != ends, max(0.0, deadline - time.monotonic())):
+            if not self._wait(lambda: self._ends != ends, deadline):
                 asked = set(versions)
                 used = sum(1 for each in self._resident if each.leases and each not in asked)
                 raise BankFullError(
