@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DTYPES, IN, LORA, Errors, call, randn
+from helpers import DTYPES, IN, LORA, Errors, call, make_linear, randn
 from serving_models import OPTIONS, Switched, make_bank, save, save_all
 from small_models import BASES, Model
 from torch import nn
@@ -81,6 +81,30 @@ def test_rows_without_an_adapter_are_the_bases(folders: dict[str, Path]):
     found = served(bank, model, x, MIXED)
     for b, name in enumerate(MIXED):
         assert torch.equal(found[b], expected[b]) == (name is None), name
+
+
+def test_strides_do_not_change_the_base(tmp_path: Path):
+    """PyTorch's linear layer takes another way for them, whose last bits differ at this size."""
+
+    def make() -> nn.Sequential:
+        return nn.Sequential(make_linear(512, 512)).requires_grad_(False)
+
+    model, base = make(), make()
+    bank = make_bank(model, {"boft": save(tmp_path, OPTIONS["boft"], base=make)}, max_resident_bytes=1 << 23)
+    for x in (
+        randn(8, 4, 512),
+        randn(4, 8, 512).transpose(0, 1),
+        randn(8, 4, 1024)[..., :512],
+        randn(8, 4, 512, 2)[..., 0],
+        randn(1, 4, 512).expand(8, 4, 512),
+        randn(512, 8).T,
+        randn(8, 513)[:, 1:],
+    ):
+        rows = [None] * 7 + ["boft"]
+        expected, found = base(x), served(bank, model, x, rows)
+        assert torch.equal(found[:7], expected[:7])
+        torch.testing.assert_close(found, served(bank, model, x.contiguous(), rows), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(found[7], expected[7])
 
 
 def test_a_row_does_not_depend_on_the_others(folders: dict[str, Path]):
@@ -229,6 +253,22 @@ def test_a_plan_meets_a_family_that_came_later(folders: dict[str, Path]):
         plan.refill(["boft", None])
     assert bank.stats()["in_use"] == 1
     bank.plan(["lora", None]).refill(["boft", None])
+
+
+def test_a_plan_outlives_the_last_adapter_of_a_family(folders: dict[str, Path]):
+    model = Model().requires_grad_(False)
+    bank = make_bank(model, {"lora": folders["lora"]})
+    plan = bank.plan(["lora", None])
+    plan.refill([None, None])
+    bank.unload("lora")
+    bank.load("other", folders["lora_alphas"])
+    plan.refill(["other", None])
+    x = randn(2, IN)
+    with torch.no_grad(), plan:
+        torch.testing.assert_close(model(x)[0], fastpeft.load_adapter(Model(), folders["lora_alphas"])(x)[0])
+    plan.close()
+    bank.unload("other")
+    assert bank.stats()["table_bytes"] == 0
 
 
 def test_a_plan_makes_room_for_itself(folders: dict[str, Path]):

@@ -151,7 +151,8 @@ class AdapterBank:
         self._residency.register(version)
 
     def unload(self, name: str, *, wait: bool = True, timeout: float | None = None) -> None:
-        """Takes an adapter away. Its name is gone at once; its memory is free when no batch uses it any more.
+        """Takes an adapter away. Its name is gone at once; its memory is free when no batch uses it any more. In a
+        thread whose own batch uses it that would be never.
 
         Args:
             wait: True: return when that is so. False: raise where a batch uses it.
@@ -174,7 +175,7 @@ class AdapterBank:
         try:
             self._residency.pin(name, True)
         finally:
-            self._release(versions.values())
+            self._residency.release(versions.values())
 
     def unpin(self, name: str) -> None:
         """Lets a pinned adapter go again when its turn comes.
@@ -196,7 +197,7 @@ class AdapterBank:
             return self._prefetcher.submit(self._fetch, name)
 
     def _fetch(self, name: str) -> None:
-        self._release(self._acquire([name], self.timeout).values())
+        self._residency.release(self._acquire([name], self.timeout).values())
 
     def names(self) -> list[str]:
         """The registered adapters, in the order in which they came."""
@@ -252,7 +253,7 @@ class AdapterBank:
             FileNotFoundError, ValueError: one that was not resident cannot be read or is not what it said.
         """
         rows = _checked(rows)
-        return Route(lambda: Plan(self, rows, timeout=self._timeout(timeout)))
+        return Route(lambda: Plan(self, rows, self._timeout(timeout)))
 
     def plan(
         self, rows: Sequence[str | None], *, tokens: int | Iterable[int] = (), timeout: float | None = None
@@ -270,7 +271,7 @@ class AdapterBank:
         sizes = [tokens] if isinstance(tokens, int) else list(tokens)
         for size in sizes:
             require_int("tokens", size, 1)
-        plan = Plan(self, _checked(rows), self._residency.families(), self._timeout(timeout))
+        plan = Plan(self, _checked(rows), self._timeout(timeout), all_families=True)
         for size in sizes:
             plan.tensors(size)
         return plan
@@ -304,9 +305,6 @@ class AdapterBank:
         self, rows: Iterable[str | None], timeout: float, held: Collection[Version] = ()
     ) -> dict[str, Version]:
         return self._residency.acquire(dict.fromkeys(name for name in rows if name is not None), timeout, held)
-
-    def _release(self, versions: Iterable[Version]) -> None:
-        self._residency.release(versions)
 
     def _current(self) -> Plan | None:
         plan = getattr(self._local, "plan", None)

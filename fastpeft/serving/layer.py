@@ -51,7 +51,7 @@ class Served(nn.Module):
             found = tables.layers[self._number]
             if found is not None and touched >> self._number & 1:
                 z = tables.family.rotate(base.as_rows(z), found, rows, slots).view(x.shape)
-        return z
+        return z if z is x else _laid_out_as(z, x)
 
     def _adapted(self, batch: Batch, x: Tensor, y: Tensor) -> Tensor:
         if y.requires_grad:
@@ -70,9 +70,19 @@ class Served(nn.Module):
             found = tables.layers[self._number]
             if found is not None and touched >> self._number & 1:
                 if inputs is None:
-                    inputs = base.as_rows(x).to(y.dtype)
+                    inputs = base.as_rows(x if x.dtype == y.dtype else x.to(y.dtype))
                 tables.family.add_(flat, inputs, found, rows, slots)
         return y
+
+
+def _laid_out_as(z: Tensor, x: Tensor) -> Tensor:
+    """z with gaps where x has some: the frozen product adds the bias in another place there, and bits would differ."""
+    if x.is_contiguous():
+        return z
+    out = torch.empty_like(x)  # the strides of x, unless they leave gaps or overlap
+    if out.is_contiguous():
+        out = x.new_empty(*x.shape[:-1], x.shape[-1] + 1)[..., :-1]
+    return out.copy_(z)
 
 
 @cache

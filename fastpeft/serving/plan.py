@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,8 +47,8 @@ class Plan:
         self,
         bank: AdapterBank,
         rows: Sequence[str | None],
-        families: Iterable[FamilyTables] | None = None,
-        timeout: float = 0.0,
+        timeout: float,
+        all_families: bool = False,
     ) -> None:
         self._bank = bank
         self._count = len(rows)
@@ -57,17 +57,17 @@ class Plan:
         self._versions: dict[str, Version] = {}
         self._open = False
         versions = bank._acquire(rows, timeout)
+        self._kept = bank._residency.keep_families() if all_families else []
         try:
-            self._fixed = families is not None
-            masks = dict.fromkeys(families or (), -1)  # a graph of a layer runs for every adapter that may come
-            if not self._fixed:
+            masks = dict.fromkeys(self._kept, -1)  # a graph of a layer runs for every adapter that may come
+            if not all_families:
                 for version in versions.values():
                     for tables, mask in version.families.items():
                         masks[tables] = masks.get(tables, 0) | mask
             self._families = list(masks.items())
             self._entries = self._grouped(rows, versions).to(bank.device)
         except BaseException:
-            bank._release(versions.values())
+            bank._residency.release(versions.values(), self._kept)
             raise
         self._versions, self._open = versions, True
 
@@ -101,7 +101,7 @@ class Plan:
             try:
                 entries = self._grouped(rows, versions)
             except BaseException:
-                self._bank._release(versions.values())
+                self._bank._residency.release(versions.values())
                 raise
         except BaseException:
             if any(version.placement is None for version in self._versions.values()):
@@ -109,7 +109,7 @@ class Plan:
             raise
         self._write(entries)
         before, self._versions = self._versions, versions
-        self._bank._release(before.values())
+        self._bank._residency.release(before.values())
 
     def _write(self, entries: Tensor) -> None:
         self._entries.copy_(entries)
@@ -122,11 +122,11 @@ class Plan:
             self._open = False
             self._write(self._grouped([None] * self._count, {}))
             versions, self._versions = self._versions, {}
-            self._bank._release(versions.values())
+            self._bank._residency.release(versions.values(), self._kept)
 
     def __del__(self) -> None:
         if getattr(self, "_open", False):
-            self._bank._residency.abandon(self._versions.values())
+            self._bank._residency.abandon(self._versions.values(), self._kept)
 
     def __enter__(self) -> Plan:
         self._bank._push(self)

@@ -104,7 +104,7 @@ class Residency:
         self._resident: OrderedDict[Version, None] = OrderedDict()  # least recently used first; retired ones too
         self._pinned: set[str] = set()
         self._ends = 0  # how often something that may make room has ended
-        self._abandoned: deque[list[Version]] = deque()
+        self._abandoned: deque[tuple[list[Version], list[FamilyTables]]] = deque()
         self._fences: dict[object, torch.cuda.Event] = {}
         self.counts = {"hits": 0, "misses": 0, "evictions": 0}
 
@@ -138,7 +138,7 @@ class Residency:
                 self._tables_of(part.family): [self._numbers[site.path] for site in part.sites] for part in parts
             }
             for tables in families:
-                tables.versions += 1
+                tables.users += 1
         return Version(name, source, header, families), header
 
     def _tables_of(self, family: Family) -> FamilyTables:
@@ -157,13 +157,23 @@ class Residency:
             header = read_header(version.name, version.source, self._sites, self._dtype)
         return version.stage(header, self._max_rank)
 
-    def drop(self, version: Version) -> None:
-        """What a version holds while it has a name or is to have one: tables that nobody else needs go."""
+    def keep_families(self) -> list[FamilyTables]:
+        """All there are, kept as they are until ``drop_families``."""
         with self._changed:
-            for tables in version.families:
-                tables.versions -= 1
-                if not tables.versions:
+            for tables in self._families.values():
+                tables.users += 1
+            return list(self._families.values())
+
+    def drop_families(self, families: Iterable[FamilyTables]) -> None:
+        with self._changed:
+            for tables in families:
+                tables.users -= 1
+                if not tables.users:
                     del self._families[tables.family]
+
+    def drop(self, version: Version) -> None:
+        """Gives up what a version holds while it has a name or is to have one."""
+        self.drop_families(version.families)
 
     def register(self, version: Version) -> None:
         """Gives a name to a version, in place of another one that had it."""
@@ -275,18 +285,21 @@ class Residency:
                     return versions
             self._wait_for_an_end(ends, deadline, versions.values())
 
-    def release(self, versions: Iterable[Version]) -> None:
+    def release(self, versions: Iterable[Version], families: Iterable[FamilyTables] = ()) -> None:
         self._record()
         with self._changed:
             self._unlease(versions)
+            self.drop_families(families)
 
-    def abandon(self, versions: Iterable[Version]) -> None:
+    def abandon(self, versions: Iterable[Version], families: Iterable[FamilyTables]) -> None:
         """As release, for finalizers, which may run anywhere, between two lines of this class as well."""
-        self._abandoned.append(list(versions))
+        self._abandoned.append((list(versions), list(families)))
 
     def _drain(self) -> None:
         while self._abandoned:
-            self._unlease(self._abandoned.popleft())
+            versions, families = self._abandoned.popleft()
+            self._unlease(versions)
+            self.drop_families(families)
 
     def _lease(self, versions: Iterable[Version]) -> None:
         for version in versions:

@@ -21,14 +21,14 @@ class FamilyTables:
 
     Attributes:
         layers: for each layer of the bank what the family's operator takes, by name; None where the family cannot be.
-        versions: how many registered adapters are of the family.
+        users: how many registered adapters and plans need the tables.
     """
 
     def __init__(
         self, family: Family, sites: Sequence[Site], slots: int, max_rank: int, dtype: torch.dtype, buffer: Buffer
     ) -> None:
         self.family = family
-        self.versions = 0
+        self.users = 0
         self._columns = family.columns(max_rank)
         self._tables: dict[str, Tensor] = {}
         for name, column in self._columns.items():
