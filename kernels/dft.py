@@ -439,6 +439,14 @@ def most_registers(where: torch.device) -> int | None:
     return 255 if device.shared_memory_of(where) < 200 * 1024 else None
 
 
+def warps_of(out: dict[str, int], split: bool, where: torch.device) -> int:
+    """Twice as many where both parts of operands and of 64 × 64 bins share the registers of a thread: four warps do not
+    have them for the pointers of a store as well.
+    """
+    whole = out["OUT_ROWS"] * out["OUT_COLS"] == MOST**2
+    return 2 * WARPS if split and whole and device.shared_memory_of(where) < 200 * 1024 else WARPS
+
+
 def dft_matrix(size: int) -> torch.Tensor:
     """(4, padded size, padded size) float16: real and imaginary part, and what their rounding leaves."""
     k = torch.arange(size, device="cpu")
@@ -485,6 +493,7 @@ def dft_fwd(
     """y + delta, in place, or the delta alone."""
     (tokens, in_features), n, out_features = x.shape, spectrum.shape[0], offsets.shape[0] - 1
     split = x.dtype == torch.float16
+    sizes_out = sizes_of("OUT", out_features, split, x.device)
     target = x.new_empty(tokens, out_features) if y is None else y
     with torch.cuda.device_of(x):  # Triton launches on the current device, wherever x is
         dft_fwd_kernel[(count_tiles(tokens, 2),)](
@@ -502,11 +511,11 @@ def dft_fwd(
             *x.stride(),
             spectrum.stride(0),
             **sizes_of("IN", in_features, split, x.device),
-            **sizes_of("OUT", out_features, split, x.device),
+            **sizes_out,
             BLOCK_N=max(16, padded(n)),
             SPLIT=split,
             ADD=y is not None,
-            num_warps=WARPS,
+            num_warps=warps_of(sizes_out, split, x.device),
             maxnreg=most_registers(x.device),
         )
     return target

@@ -354,8 +354,9 @@ def lora_fwd_config(
     # A large rank makes a large tile of A as well: at most 32 numbers of it for each thread.
     while block_i * block_r > 32 * 32 * warps and block_i > 16:
         block_i //= 2
-    if split and dtype == torch.float16 and block_i > 16:
-        block_i //= 2  # x is split as well
+    if split and dtype == torch.float16:
+        # x is split as well. The long steps of decode leave no registers for the index of the shards then.
+        block_i = max(16, block_i // (4 if sharded and tokens <= 16 else 2))
     # The pipeline holds num_stages tiles, or one less where the next operands wait in registers.
     # On Hopper the parts of A go back through shared memory, beside them.
     tile_bytes = block_i * ((block_t + block_o) * size + block_r * adapter_size)

@@ -357,13 +357,23 @@ def down_config(
     """
     block_t = 32 if tokens > 16 and count_tiles(tokens, 32) >= processors else 16
     block_r = rank_tile(rank, 64)
-    block_d = 128 if dtype == torch.bfloat16 and block_r <= 32 else 64  # float16 is split, as A is, into more parts
+    block_d, stages = 128 if dtype == torch.bfloat16 and block_r <= 32 else 64, 4
     if dtype.itemsize == 2 and shared_memory < IN_SHARED_MEMORY:
         block_d //= 2
+    elif dtype == torch.float16:
+        # Split, as A is: five products of a wider part spill. As many features are on their way, in steps half as long.
+        block_d, stages = 32, 7
     programs = count_tiles(tokens, block_t) * count_tiles(rank, block_r)
     # Adding the parts up takes as long as a few steps of the walk: each split keeps eight.
     splits = max(1, min(processors // programs, count_tiles(features, block_d) // 8))
-    return {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_R": block_r, "splits": splits, "num_warps": 4}
+    return {
+        "BLOCK_T": block_t,
+        "BLOCK_D": block_d,
+        "BLOCK_R": block_r,
+        "splits": splits,
+        "num_warps": 4,
+        "num_stages": stages,
+    }
 
 
 def down(
@@ -400,7 +410,6 @@ def down(
             *x.stride(),
             *A.rows.stride(),
             **config | {"BLOCK_D": block_d, "BLOCK_L": A.block_l, "ONE_SHARD": A.in_one_shard(block_d)},
-            num_stages=4,
         )
     return parts[0] if splits == 1 else sum_parts(parts, torch.empty_like(parts[0]))
 

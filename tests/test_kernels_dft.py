@@ -252,7 +252,8 @@ def test_float32_goes_the_other_way(monkeypatch):
 # Compilation, for chips that are not here
 # ------------------------------------------------------------------------------------------------
 
-# capability, T, in, out, n, dtype: MiniLM (384), BERT (768), Llama-3-8B's and Qwen2.5-7B's attention.
+# capability, T, in, out, n, dtype, whether the base product is there to add to: MiniLM (384), BERT (768), Llama-3-8B's
+# and Qwen2.5-7B's attention.
 CASES = [
     (90, 1, 4096, 4096, 1000, "bf16"),  # decode: half a pair
     (90, 16, 4096, 4096, 1000, "bf16"),
@@ -269,6 +270,7 @@ CASES = [
     (80, 4096, 4096, 1024, 1000, "bf16"),
     (80, 4096, 3584, 512, 1000, "bf16"),
     (80, 4096, 2048, 2048, 1024, "fp16"),  # the most registers
+    (80, 16, 1024, 4096, 1000, "fp16", False),  # 64 × 64 bins in two parts, and the pointers of the delta alone
     (80, 4096, 2048, 2048, 64, "bf16"),
     (80, 4096, 768, 768, 1000, "bf16"),
     (89, 4096, 2048, 2048, 1000, "bf16"),  # 99 KiB
@@ -281,13 +283,13 @@ CASES = [
 KERNELS = {"dft": ["dft_fwd_kernel", "dft_bwd_kernel"]}
 
 
-def launch(tokens, in_features, out_features, n, dtype):
+def launch(tokens, in_features, out_features, n, dtype, add=True):
     """The forward, dx, and the gradient of the coefficients where it pays."""
     x, grad = (meta(tokens, size, dtype=DTYPES[dtype]) for size in (in_features, out_features))
     spectrum, rows, samples = meta(n), meta(n, dtype=torch.int32), meta(2 * n, dtype=torch.int32)
     forward, backward = (meta(size + 1, dtype=torch.int32) for size in (out_features, in_features))
-    dft.dft_fwd(x, grad, spectrum, forward, samples, samples, 1e-5)
-    dft.dft_fwd(grad, x, spectrum, backward, samples, samples, 1e-5)
+    dft.dft_fwd(x, grad if add else None, spectrum, forward, samples, samples, 1e-5)
+    dft.dft_fwd(grad, x if add else None, spectrum, backward, samples, samples, 1e-5)
     if dft.dft_pays(in_features, out_features, n, DTYPES[dtype], backward=True):
         dft.dft_bwd(grad, x, rows, rows, 1e-5)
 
@@ -299,7 +301,7 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_compiles(case, compiled):
-    capability, _, in_features, out_features, n, dtype = case
+    capability, _, in_features, out_features, n, dtype, *_ = case
     check_records(__file__, case, compiled[case])
     backward = ["dft_bwd_kernel"] * dft.dft_pays(in_features, out_features, n, DTYPES[dtype], backward=True)
     assert [record["kernel"] for record in compiled[case]] == ["dft_fwd_kernel", "dft_fwd_kernel", *backward]

@@ -510,6 +510,7 @@ CASES = [
     (90, "fwd", 1, 4096, 1024, 8, "bf16", "bf16"),
     (80, "bwd", 512, 4096, 11008, 8, "fp16", "fp32"),
     (80, "dropout", 16, 4096, 4096, 8, "bf16", "bf16"),
+    (90, "bwd", 1, 4096, 4096, 8, "fp16", "fp32"),  # five products of a step, and a strided B
     # Backward. One token: gB split over the outputs.
     (90, "bwd", 1, 4096, 11008, 16, "bf16", "bf16"),
     (90, "bwd", 16, 3584, 18944, 16, "bf16", "fp32"),

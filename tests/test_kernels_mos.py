@@ -251,6 +251,8 @@ CASES = [
     (90, 65, 36, 60, 3, 4, "bf16"),  # shards that no tile divides
     (90, 1, 11008, 4096, 8, 4, "bf16"),  # where the compiler would spill for the sake of more programs
     (90, 1, 4096, 1024, 16, 4, "bf16"),
+    (90, 1, 4096, 4096, 8, 4, "fp16"),  # an index beside five products of a step
+    (100, 1, 4096, 4096, 8, 4, "fp16"),
     (80, 64, 3584, 3584, 8, 4, "fp32"),
     (80, 4096, 4096, 14336, 16, 4, "bf16", "bf16"),
     (80, 1, 3584, 512, 8, 4, "bf16"),
