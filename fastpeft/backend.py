@@ -198,7 +198,9 @@ class Operator:
             RuntimeError: a backend was forced that this operator lacks or that cannot take the tensors.
             ValueError: x and the adapter are on different devices.
         """
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():  # a graph that looks into the memory below is compiled again once that grows
+            return self._choose(x, adapter)
+        if torch._C._are_functorch_transforms_active():
             if _forced not in (None, "reference"):
                 raise RuntimeError(
                     f"backend {_forced!r} was asked for, but cannot run {self.name} under a transform of torch.func: "
