@@ -382,14 +382,14 @@ def lora_fwd_config(
     }
 
 
-def most_registers(config: dict[str, int], tokens: int, shared_memory: int) -> int | None:
+def most_registers(config: dict[str, int], tokens: int, dtype: torch.dtype, shared_memory: int) -> int | None:
     """A limit for decode, or None for the compiler's own.
 
     Few programs, so that registers are there: by itself the compiler would spill a few to make room for more programs.
-    Over the wide tiles of Hopper and later it does not, and spills if it is given a limit.
+    On Hopper and later it does so over narrow tiles of 16 bits alone; over others it spills if it is given a limit.
     """
-    small = shared_memory <= 200 * 1024 or config["BLOCK_O"] * config["BLOCK_I"] <= 2048
-    return 255 if tokens <= 64 and config["num_warps"] == 4 and small else None
+    spills = shared_memory <= 200 * 1024 or (dtype.itemsize == 2 and config["BLOCK_O"] * config["BLOCK_I"] <= 2048)
+    return 255 if tokens <= 64 and config["num_warps"] == 4 and spills else None
 
 
 def fused_pays(tokens: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> bool:
@@ -469,7 +469,7 @@ def fused_fwd(
     config |= {"BLOCK_I": block_i, "EVEN_I": in_features % block_i == 0, "ONE_SHARD_I": A.in_one_shard(block_i)}
     config["BLOCK_L"] = A.block_l
     config["ONE_SHARD_O"] = B.in_one_shard(config["BLOCK_O"])
-    config["maxnreg"] = most_registers(config, tokens, device.shared_memory_of(x.device))
+    config["maxnreg"] = most_registers(config, tokens, x.dtype, device.shared_memory_of(x.device))
     tiles_t = count_tiles(tokens, config["BLOCK_T"])
     tiles_o = count_tiles(out_features, config["BLOCK_O"])
     chunk = count_tiles(in_features, splits * block_i) * block_i
