@@ -159,7 +159,7 @@ class Folder(NamedTuple):
         file = self.path / TENSORS
         if not file.is_file() or _mark(file) != self.mark:
             raise ValueError(f"{file} was changed since its header was read")
-        content = torch.from_file(str(file), shared=False, size=self.mark[-1], dtype=torch.uint8)
+        content = torch.from_file(str(file), shared=False, size=self.mark[-1], dtype=torch.uint8, device="cpu")
         if _mark(file) != self.mark:
             raise ValueError(f"{file} was changed since its header was read")
         return {key: _view(content, entry) for key, entry in self.entries.items()}

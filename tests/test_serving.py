@@ -171,6 +171,20 @@ def test_shapes_of_a_batch(names: list[str], folders: dict[str, Path]):
     assert torch.equal(served(bank, model, x, rows), expected)
 
 
+def test_whatever_the_default_device(folders: dict[str, Path]):
+    """What is made on the host is made there, in a thread with a default device of its own, too."""
+    models = [Model().requires_grad_(False) for _ in range(2)]
+    x, rows = randn(len(folders), 3, IN), list(folders)
+    banks = [make_bank(model) for model in models]
+    found = []
+    for device, bank, model in zip(("cpu", "meta"), banks, models, strict=True):
+        with torch.device(device):
+            for name, folder in folders.items():
+                bank.load(name, folder)
+            found.append(served(bank, model, x, rows))
+    assert torch.equal(*found)
+
+
 def test_routes_nest_and_end(folders: dict[str, Path]):
     model = Model().requires_grad_(False)
     bank = make_bank(model, folders)
@@ -369,6 +383,10 @@ def test_the_model_stays_what_it_was(folders: dict[str, Path], tmp_path: Path):
         assert torch.equal(twin(x), expected)
     with pytest.raises(ValueError, match="served by a bank already"):
         AdapterBank(model)
+    stacked = make_bank(stacked_model := Model())
+    fastpeft.adapt(stacked_model, LORA.config())
+    with pytest.raises(ValueError, match="model holds adapters"):
+        stacked.close()
     bank.close()
     assert type(layer) is nn.Linear and torch.equal(model(x), expected)
     assert vars(layer).keys() == vars(Model().blocks[0].up).keys()

@@ -152,10 +152,10 @@ class BOFTAdapter(Adapter):
             tensors[keys[site.path] + "boft_R"] = Expected((factors, site.in_features // size, size, size))
             tensors[keys[site.path] + "boft_s"] = Expected((site.out_features, 1))
         rows, row_scale = stack_rows([(keys[site.path] + "boft_s", True, 1, site.out_features) for site in sites], wide)
-        row_blocks = torch.empty(len(sites), dtype=torch.int64)
+        row_blocks = torch.empty(len(sites), dtype=torch.int64, device="cpu")
         for features in dict.fromkeys(site.in_features for site in sites):
             members = [i for i, site in enumerate(sites) if site.in_features == features]
-            row_blocks[members] = torch.arange(len(members)) + sum(each.count for each in rows)
+            row_blocks[members] = torch.arange(len(members), device="cpu") + sum(each.count for each in rows)
             fill = cls._fill_blocks([keys[sites[i].path] + "boft_R" for i in members], wide)
             rows.append(Rows(len(members), factors * features * size, wide, fill))
 

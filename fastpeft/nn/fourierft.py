@@ -191,8 +191,8 @@ class FourierFTAdapter(Adapter):
         def entries(*_: object) -> dict[str, Tensor]:
             return {
                 "row_spectrum": row_spectrum,
-                "place": torch.tensor([place_of[shape] for shape in shapes]),
-                "scaling": torch.full((len(sites),), config.scaling, dtype=torch.float64),
+                "place": torch.tensor([place_of[shape] for shape in shapes], device="cpu"),
+                "scaling": torch.full((len(sites),), config.scaling, dtype=torch.float64, device="cpu"),
             }
 
         return Part(FourierFamily(n), sites, rows, entries, expanded_numbers=n * len(sites))

@@ -142,15 +142,15 @@ class LoRAAdapter(Adapter):
         rows, starts = stack_rows(matrices, dtype)
 
         def entries(_: Tensors, max_rank: int) -> dict[str, Tensor]:
-            rank = torch.tensor(ranks)
+            rank = torch.tensor(ranks, device="cpu")
             # What lies past the rank does not count, and is a row of the adapter's own all the same.
-            row = torch.minimum(torch.arange(max_rank), rank[:, None] - 1)
+            row = torch.minimum(torch.arange(max_rank, device="cpu"), rank[:, None] - 1)
             index = starts.view(-1, 2, 1) + row[:, None]
             return {
                 "index_A": index[:, 0, :, None],
                 "index_B": index[:, 1, :, None],
                 "rank": rank,
-                "scaling": torch.tensor(scaling, dtype=torch.float64),
+                "scaling": torch.tensor(scaling, dtype=torch.float64, device="cpu"),
             }
 
         numbers = sum(rank * (site.in_features + site.out_features) for site, rank in zip(sites, ranks, strict=True))

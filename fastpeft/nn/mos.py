@@ -217,15 +217,15 @@ class MoSAdapter(Adapter):
                 for name in ("index_A", "index_B"):
                     tensors[f"layers.{site.path}.{name}"] = Expected((rank, shards), integers=True)
         rows, starts = stack_rows(pools, dtype)
-        kinds = torch.tensor([pool_of[site.path] for site in sites], dtype=torch.int64)
-        sizes = torch.tensor([count for _, _, count, _ in pools[::2]], dtype=torch.int64)[kinds]
+        kinds = torch.tensor([pool_of[site.path] for site in sites], dtype=torch.int64, device="cpu")
+        sizes = torch.tensor([count for _, _, count, _ in pools[::2]], dtype=torch.int64, device="cpu")[kinds]
 
         scaling = reference.lora.lora_scaling(rank, config.lora_alpha, False)
 
         def entries(tensors: Tensors, max_rank: int) -> dict[str, Tensor]:
             found = {
-                "rank": torch.full((len(sites),), rank),
-                "scaling": torch.full((len(sites),), scaling, dtype=torch.float64),
+                "rank": torch.full((len(sites),), rank, device="cpu"),
+                "scaling": torch.full((len(sites),), scaling, dtype=torch.float64, device="cpu"),
             }
             for side, name in enumerate(("index_A", "index_B")):
                 index = torch.stack([tensors[f"layers.{site.path}.{name}"] for site in sites]).long()  # (layers, r, l)
@@ -233,7 +233,7 @@ class MoSAdapter(Adapter):
                 if bool(outside.any()):
                     worst = int(outside.nonzero()[0])
                     check_index(f"layers.{sites[worst].path}.{name}", index[worst], int(sizes[worst]))
-                row = torch.arange(max_rank).clamp(max=rank - 1)  # what lies past the rank does not count
+                row = torch.arange(max_rank, device="cpu").clamp(max=rank - 1)  # what lies past the rank does not count
                 found[name] = index[:, row] + starts.view(-1, 2)[kinds, side][:, None, None]
             return found
 

@@ -5,7 +5,7 @@ width and dtype for a whole model, and small tables say for each layer and slot 
 go by the names of the grouped operator's arguments (ops/<method>_many.py), so a family hands them on as they are.
 
 ``Adapter.serve`` says what one adapter puts there: its tensors in a file, its rows, and its entries in the tables, with
-its own rows counted from 0; the bank turns that into numbers of an arena.
+its own rows counted from 0; the bank turns that into numbers of an arena. All of it lies on the CPU.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def stack_rows(matrices: Sequence[tuple[str, bool, int, int]], dtype: torch.dtyp
             starts[i] = total
             total += matrices[i][2]
         rows.append(Rows(total - first, width, dtype, _filler([matrices[i] for i in members])))
-    return rows, torch.tensor(starts, dtype=torch.int64)
+    return rows, torch.tensor(starts, dtype=torch.int64, device="cpu")
 
 
 def _filler(matrices: Sequence[tuple[str, bool, int, int]]) -> Callable[[Tensors, Tensor], object]:

@@ -289,7 +289,13 @@ class AdapterBank:
         self._bound = plan
 
     def close(self) -> None:
-        """Gives the model back as it was. Routed batches must have ended."""
+        """Gives the model back as it was. Routed batches must have ended.
+
+        Raises:
+            ValueError: adapters were added to the model meanwhile.
+        """
+        if adapted_layers(self._model):
+            raise ValueError("model holds adapters, which were added after the bank and stand on it")
         if self._prefetcher is not None:
             self._prefetcher.shutdown(cancel_futures=True)
         for module in self._layers:

@@ -201,7 +201,7 @@ class Plan:
                     rest += members[name]
             packed.append([order + rest, slots + [-1] * len(rest)])
         with torch.inference_mode(False):
-            return torch.tensor(packed, dtype=torch.int32).view(len(packed), 2, len(rows))
+            return torch.tensor(packed, dtype=torch.int32, device="cpu").view(len(packed), 2, len(rows))
 
 
 def _expand(entries: Tensor, tokens: int) -> Tensor:

@@ -71,6 +71,6 @@ class FamilyTables:
             if column.numbers_rows:
                 values = torch.where(values < 0, values, place[values.clamp(min=0).long()])
             table = self._tables[name]
-            whole = torch.full((table.shape[0], *column.shape), column.empty, dtype=column.dtype)
+            whole = torch.full((table.shape[0], *column.shape), column.empty, dtype=column.dtype, device="cpu")
             whole[layers] = values
             table[:, slot].copy_(whole)

@@ -108,7 +108,9 @@ class Version:
                 for rows in part.rows:
                     pieces, filled = placement.pieces[at], staged.rows[at]
                     at += 1
-                    place += [torch.arange(first, first + count, dtype=torch.int32) for first, count in pieces]
+                    place += [
+                        torch.arange(first, first + count, dtype=torch.int32, device="cpu") for first, count in pieces
+                    ]
                     if rows.key is not None:
                         if rows.key in made:
                             continue
@@ -119,12 +121,12 @@ class Version:
                     for first, count in pieces:
                         arena[first : first + count].copy_(filled[done : done + count])
                         done += count
-                numbers = torch.tensor([layers[site.path] for site in part.sites])
+                numbers = torch.tensor([layers[site.path] for site in part.sites], device="cpu")
                 tables.enter(placement.slot, part, numbers, entries, torch.cat(place))
 
 
 def _filled(rows: Any, tensors: Mapping[str, Tensor], said: str) -> Tensor:
-    out = torch.empty(rows.count, rows.width, dtype=rows.dtype)
+    out = torch.empty(rows.count, rows.width, dtype=rows.dtype, device="cpu")
     try:
         rows.fill(tensors, out)
         if out.dtype.is_floating_point:
