@@ -579,7 +579,7 @@ def test_every_instruction_set(isa: str):
     if isa not in extension.supported_isas:
         pytest.skip(f"this processor does not run {isa}")
     script = f"""
-import torch, fastpeft, test_ops as t, test_native as n
+import torch, fastpeft, test_ops as t, test_native as n, test_many as m
 assert fastpeft.backend.extension.isa == {isa!r}
 for case in t.CASES:
     for dtype in n.DTYPES if case.name in ("lora-r3", "boft-b8m2", "fourierft-n200") else n.DTYPES[:1]:
@@ -588,6 +588,9 @@ for size in n.LORAS[:3]:
     n.test_lora_opcheck(size, torch.bfloat16)
 for length in (1, 7, 64, 127, 131, 524, 1000):
     n.test_fourier_of_every_kind_of_length(length)
+for name in m.BANKS:
+    m.test_every_row_against_float64(name, (torch.float32, torch.float32), "native")
+    m.test_bits_of_a_row_do_not_depend_on_its_neighbours(name, torch.bfloat16, "native")
 """
     folder = os.path.dirname(__file__)
     env = {**os.environ, "FASTPEFT_ISA": isa, "PYTHONPATH": folder}

@@ -112,6 +112,8 @@ struct RowChunk {
     for_each_block(range, shape.block, factor, [&](Place at) {
       const float* q = blocks + block_offset(shape, factor, at);
       if constexpr (B > 0) {
+        // Blocks are read once and come from far away: asked for a page ahead they come sooner.
+        for (int i = 0; i < B * B; i += 16) __builtin_prefetch(q + i + 1024);
         multiply_block<B>(in, out, range.count, tokens, at, q);
       } else {
         multiply_any(in, out, range.count, tokens, at, shape.block, q, shape.block, 1, spare);

@@ -7,6 +7,7 @@ void check_butterfly();
 void check_scale();
 void check_cayley();
 void check_fourier();
+void check_fourier_many();
 void check_lora();
 
 }  // namespace fastpeft::check

@@ -4,6 +4,7 @@
 #include "cpu/boft_cayley_loops.h"
 #include "cpu/boft_loops.h"
 #include "cpu/fourierft_loops.h"
+#include "cpu/fourierft_many_loops.h"
 #include "cpu/lora_loops.h"
 
 namespace fastpeft::check {
@@ -13,6 +14,7 @@ struct Loops {
   const ButterflyLoops& butterfly;
   const CayleyLoops& cayley;
   const FourierLoops& fourier;
+  const FourierManyLoops& fourier_many;
   const LoraLoops& lora;
 };
 
