@@ -368,6 +368,17 @@ def test_places_are_shared_by_seed(tmp_path: Path):
     assert bank.stats()["bytes"] == layers * n * 4 + shapes * n * 8
 
 
+def test_places_that_move(tmp_path: Path):
+    """The last adapter of a seed makes room for another one of it, which has fewer layers and lies elsewhere."""
+    model = Model().requires_grad_(False)
+    config = copy.deepcopy(OPTIONS["fourierft"])
+    config.target_modules = ["up"]
+    bank = make_bank(model, {"all": save(tmp_path / "all", OPTIONS["fourierft"])}, max_resident=1)
+    bank.load("up", save(tmp_path / "up", config))
+    expected = fastpeft.load_adapter(Model(), tmp_path / "up")(randn(1, IN)).detach()
+    torch.testing.assert_close(output(bank, model, "up"), expected)
+
+
 def test_mos_keeps_its_pools(tmp_path: Path):
     """Eight times the rank for the memory of LoRA with the pool's rank."""
 

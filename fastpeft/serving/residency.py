@@ -378,8 +378,10 @@ class Residency:
                 assert victim.placement is not None
                 space.give(victim.demands, victim.placement)
             places.append(place)
+        for key, (pieces, _) in self._space.shared.items():
+            if space.shared.get(key, ((), 0))[0] != pieces:  # gone, or to be written in another place
+                self._made.discard(key)
         self._space = space
-        self._made &= space.shared.keys()
         for victim in victims:
             del self._resident[victim]
             victim.placement = None
@@ -393,24 +395,24 @@ class Residency:
         self, placed: Sequence[Version], staged: Mapping[Version, Staged], leased: Iterable[Version] | None = None
     ) -> None:
         """Writes what has got a place and makes it resident; gives places and leases back where that fails."""
-        written: list[Version] = []
+        whole = False
         try:
             self._wait_for_readers()
             for version in placed:
                 assert version.placement is not None
                 version.write(staged[version], version.placement, self._numbers, self._buffer, self._made)
-                written.append(version)
             self._finish()
+            whole = True
         finally:
             with self._changed:
-                whole = len(written) == len(placed)
                 for version in placed:
                     if whole:
                         self._resident[version] = None
                     else:
                         self._free(self._space, version)
-                self.counts["misses"] += len(written)
-                if not whole:
+                if whole:
+                    self.counts["misses"] += len(placed)
+                else:
                     self._unlease(placed if leased is None else leased)
                 self._ended()
 
