@@ -334,6 +334,36 @@ def test_one_damaged_adapter_in_a_batch(folders: dict[str, Path], tmp_path: Path
     output(bank, model, "c")
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_write_that_breaks_off(which: int, folders: dict[str, Path], tmp_path: Path, monkeypatch):
+    """What had got a place gives it back, and what was there for the batch is not held by it."""
+    from fastpeft.serving.version import Version
+
+    model = Model().requires_grad_(False)
+    bank = make_bank(model, {"b": folders["b"]}, max_resident=3)
+    bank.register("c", folders["c"])
+    bank.register("f", save(tmp_path, OPTIONS["fourierft"]))
+    expected, before = output(bank, model, "b"), books(bank)
+    write, calls = Version.write, []
+
+    def breaking(self, *args):
+        calls.append(self.name)
+        if len(calls) > which:
+            raise MemoryError("no more")
+        write(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Version, "write", breaking)
+        with pytest.raises(MemoryError):
+            bank.plan(["b", "f", "c"])
+    assert books(bank) == before
+    assert bank._residency._made == set()
+    assert torch.equal(output(bank, model, "b"), expected)
+    torch.testing.assert_close(
+        output(bank, model, "f"), fastpeft.load_adapter(Model(), tmp_path)(randn(1, IN)).detach()
+    )
+
+
 def test_families_go_with_their_last_adapter(tmp_path: Path):
     model = Model().requires_grad_(False)
     bank = make_bank(model, save_all(tmp_path, {name: OPTIONS[name] for name in ("lora", "mos", "boft", "fourierft")}))
