@@ -333,10 +333,10 @@ def lora_fwd_config(
         if wide and (not hopper or split or out_features < 1024):
             continue
         # A split A takes registers, of which a wide tile for decode has none to spare where operands do (Ampere), nor
-        # beside the index of the shards where x is split as well. A wide tile beyond decode has none for the index.
+        # beside the index of the shards where x is split as well. A wide tile beyond decode has none for either.
         if split and tokens <= 16 and block_o == 64 and (not hopper or (sharded and dtype == torch.float16)):
             continue
-        if sharded and size == 2 and not hopper and block_t * block_o > 64 * 128:
+        if (sharded or split) and size == 2 and not hopper and block_t * block_o > 64 * 128:
             continue
         programs = count_tiles(tokens, block_t) * count_tiles(out_features, block_o)
         accumulators = block_t * (block_o + block_r) // (32 * warps)
