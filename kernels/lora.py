@@ -351,6 +351,9 @@ def lora_fwd_config(
     else:  # a small problem or a large rank: the last tile
         while accumulators > most_accumulators and warps < 16:
             warps, accumulators = 2 * warps, accumulators // 2
+    # In the smallest tile, float32 operands in registers leave none for the index of the shards.
+    if sharded and size == 4 and not hopper and tokens > 64 and block_o == 32:
+        block_i = 16
     # A large rank makes a large tile of A as well: at most 32 numbers of it for each thread.
     while block_i * block_r > 32 * 32 * warps and block_i > 16:
         block_i //= 2

@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import io
 import math
+import os
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,17 @@ from fastpeft import reference
 # Rectangular, and divisible by what shards, blocks and butterfly windows below need.
 IN, OUT = 24, 16
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def in_turn(shapes: Sequence[Any], dtypes: Iterable[Any]) -> list[Any]:
+    """(shape, dtype) for tests of kernels: on a GPU all pairs; in the interpreter, where each takes a second, every
+    shape in two of the dtypes, and every dtype with its share of the shapes."""
+    each = list(dtypes)
+    if os.environ.get("TRITON_INTERPRET") == "0":
+        chosen = [(shape, dtype) for shape in shapes for dtype in each]
+    else:
+        chosen = [(shape, each[j % len(each)]) for i, shape in enumerate(shapes) for j in (2 * i, 2 * i + 1)]
+    return [pytest.param(shape, dtype, id=f"{'x'.join(map(str, shape))}-{dtype}") for shape, dtype in chosen]
 
 
 @dataclass(frozen=True)

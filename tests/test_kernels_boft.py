@@ -13,6 +13,7 @@ import torch
 from fastpeft.kernels import boft as kernel
 from fastpeft.kernels import boft_cayley, boft_scale, device
 from gpu_compile import check_records, compiled_cases, meta
+from helpers import in_turn
 
 import fastpeft
 from fastpeft import reference
@@ -102,8 +103,7 @@ def check(inputs, others=()):
         assert error <= 2 * max(bound)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, dtype", in_turn(SHAPES, DTYPES))
 def test_values(dtype, shape):
     draws = [draw(shape, DTYPES[dtype], seed) for seed in range(5)]
     check(draws[0], draws[1:])
@@ -230,8 +230,7 @@ def scaled_exactly(y0, bias, scale):
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 5), (70, 130), (3, 257), (4200, 70)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, dtype", in_turn([(1, 5), (70, 130), (3, 257), (4200, 70)], DTYPES))
 def test_scale(dtype, shape, with_bias):
     generator = torch.Generator().manual_seed(0)
     y0, grad = (torch.randn(*shape, generator=generator).to(DTYPES[dtype]) for _ in range(2))

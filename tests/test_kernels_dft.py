@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fastpeft.kernels import device, dft
 from fastpeft.kernels import fourierft as kernel
 from gpu_compile import SHARED_MEMORY, check_records, compiled_cases, meta
+from helpers import in_turn
 from test_kernels_fourierft import LAYOUTS, check, draw, exact, launched
 from test_kernels_fourierft import two_processors as two_processors  # fixtures of every test here
 from test_kernels_fourierft import unwritten_memory_is_nan as unwritten_memory_is_nan
@@ -48,8 +49,7 @@ def shared_memory(request, monkeypatch):
     monkeypatch.setattr(device, "shared_memory_of", lambda _: SHARED_MEMORY[request.param])
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape, dtype", in_turn(SHAPES, DTYPES.values()))
 @pytest.mark.usefixtures("shared_memory")
 def test_forward_and_backward(dtype, shape):
     draws = [draw(shape, dtype, seed) for seed in range(3)]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fastpeft.kernels import device
 from fastpeft.kernels import fourierft as kernel
 from gpu_compile import check_records, compiled_cases, meta
+from helpers import in_turn
 
 import fastpeft
 from fastpeft import reference
@@ -131,8 +132,7 @@ def check(inputs, others=()):
         assert error <= 2 * max(*bounds, torch.finfo(FP32).eps), name
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape, dtype", in_turn(SHAPES, DTYPES.values()))
 def test_forward_and_backward(dtype, shape):
     draws = [draw(shape, dtype, seed) for seed in range(5)]
     check(draws[0], draws[1:])

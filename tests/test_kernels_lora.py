@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastpeft.kernels import lora as kernel
 from gpu_compile import check_records, compiled_cases, meta
+from helpers import in_turn
 
 from fastpeft.ops import lora as ops
 
@@ -109,8 +110,7 @@ def check(inputs, others=(), scaling=0.75):
     assert h_error <= 2 * max(h_c for _, h_c in compositions)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("shape, pair", in_turn(SHAPES, PAIRS))
 def test_forward(pair, shape):
     draws = [draw(shape, *PAIRS[pair], seed=seed) for seed in range(9)]
     check(draws[0], draws[1:])
@@ -231,8 +231,7 @@ def test_the_library_does_large_products_and_wide_ranks():
     assert not kernel.fused_pays(1, 64, 64, 300, BF16)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (7, 40, 24, 300)], ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("shape, pair", in_turn([*SHAPES, (7, 40, 24, 300)], PAIRS))
 def test_around_the_library(pair, shape, monkeypatch):
     monkeypatch.setattr(kernel, "fused_pays", lambda *_: False)
     draws = [draw(shape, *PAIRS[pair], seed=seed) for seed in range(9)]
@@ -275,8 +274,7 @@ def test_what_dropout_leaves():
         )  # neighbours know nothing of each other
 
 
-@pytest.mark.parametrize("shape", [(3, 37, 5, 3), (33, 70, 97, 20), (530, 33, 20, 16)], ids=str)
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("shape, pair", in_turn([(3, 37, 5, 3), (33, 70, 97, 20), (530, 33, 20, 16)], PAIRS))
 def test_dropout_forward_and_backward(pair, shape):
     """Beside the composition on the same mask."""
     p, seed = 0.4, torch.tensor([99])
@@ -397,8 +395,7 @@ def check_bwd(inputs, others=()):
     return results
 
 
-@pytest.mark.parametrize("shape", SHAPES_BWD, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("shape, pair", in_turn(SHAPES_BWD, PAIRS))
 def test_backward(pair, shape):
     draws = [draw_bwd(shape, *PAIRS[pair], seed=seed) for seed in range(9)]
     check_bwd(draws[0], draws[1:])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fastpeft.kernels import lora, mos
 from gpu_compile import check_records, compiled_cases, meta
+from helpers import in_turn
 
 from fastpeft.ops import lora as ops
 
@@ -142,8 +143,7 @@ def check_draws(shape, pair):
     return draws[0], check(draws[0], draws[1:])
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("shape, pair", in_turn(SHAPES, PAIRS))
 def test_values(pair, shape):
     check_draws(shape, pair)
 
@@ -262,6 +262,7 @@ CASES = [
     (80, 4096, 3584, 18944, 8, 4, "bf16"),
     (80, 4096, 4096, 1024, 8, 4, "fp16"),
     (80, 512, 384, 1536, 8, 4, "fp32"),
+    (80, 512, 384, 384, 8, 4, "fp32"),
     (100, 1, 4096, 4096, 8, 4, "bf16"),
     (100, 512, 384, 1536, 8, 4, "bf16"),
     (100, 4096, 4096, 11008, 8, 4, "bf16"),
