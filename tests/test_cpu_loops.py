@@ -32,7 +32,7 @@ FLAGS = ["-std=c++20", "-g1", "-Wall", "-Wno-psabi", "-Wno-unused-function", f"-
 ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GLIBCXX_SANITIZE_VECTOR=1"]
 THREAD = ["-fsanitize=thread"]
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+pytestmark = [pytest.mark.builds, pytest.mark.skipif(CXX is None, reason="no C++ compiler")]
 
 
 def isa_flags() -> dict[str, list[str]]:

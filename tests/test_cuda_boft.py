@@ -336,6 +336,7 @@ def test_operators_on_a_gpu(case, dtype):
     assert torch.equal(dblocks, found[2]) and dx.shape == (0, case.features)
 
 
+@pytest.mark.builds
 @needs_nvcc
 def test_nvcc_compiles_without_spills(compiled):
     kernels = compiled("boft")

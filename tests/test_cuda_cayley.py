@@ -153,6 +153,7 @@ def test_a_gpu_refuses_large_blocks():
         torch.ops.fastpeft.cayley_fwd(torch.zeros(1, 2, 66, 66, device="cuda"))
 
 
+@pytest.mark.builds
 @needs_nvcc
 def test_nvcc_compiles_without_spills(compiled):
     kernels = compiled("boft_cayley")

@@ -437,6 +437,7 @@ def test_operators_on_a_gpu(case, dtype, device="cuda"):
         check_error(merged.cpu(), weight.double() + dense.double(), (weight.float() + dense).to(weight.dtype))
 
 
+@pytest.mark.builds
 @needs_nvcc
 def test_nvcc_compiles_without_spills(compiled):
     kernels = compiled("fourierft")

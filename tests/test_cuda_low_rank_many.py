@@ -274,6 +274,7 @@ def test_operator_on_a_gpu(case, dtypes):
     assert torch.equal(call(), found) and torch.equal(replayed(again)[0], found)
 
 
+@pytest.mark.builds
 @needs_nvcc
 def test_nvcc_compiles_without_spills(compiled):
     kernels = compiled("low_rank_many")

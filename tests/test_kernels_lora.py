@@ -559,6 +559,7 @@ def compiled(tmp_path_factory):
     return compiled_cases(__file__, CASES, tmp_path_factory.mktemp("triton"))
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_compiles(case, compiled):
     capability, *_, dtype, _ = case

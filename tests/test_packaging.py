@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+pytestmark = pytest.mark.builds
+
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
