@@ -43,7 +43,7 @@ import fastpeft
 from fastpeft import sharded
 from fastpeft.interop.distributed import ColumnParallel, RowParallel, keep_whole, once
 
-WIDTH, HIDDEN, BATCH, TOKENS, STEPS, DRAWS = 32, 64, 8, 3, 3, 2
+WIDTH, HIDDEN, BATCH, TOKENS, STEPS, DRAWS = 32, 64, 8, 3, 3, 4
 
 # Layers of 32 -> 32, 32 -> 64 and 64 -> 32. Windows of 8 features fit into the shards of 4 processes; one of 64 crosses
 # those of 2.
