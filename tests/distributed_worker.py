@@ -600,11 +600,12 @@ ON_TWO_AND_FOUR: dict[str, Callable[[], None]] = {
     **each(ddp, CONFIGS),
     **each(fsdp, CONFIGS),
     **each(tp, [method for method in CONFIGS if method != "dora"]),
-    **each(resume, shard=(shard, shared), cut=(cut, train)),
-    **each(folders, shard=(shard,), cut=(cut,)),
+    **each(resume, ["lora", "mos"], shard=(shard, shared), cut=(cut, train)),
     **{case.__name__: case for case in (fsdp_starts_from_the_first_process, tp_refuses, tp_communication)},
 }
 ON_TWO: dict[str, Callable[[], None]] = {
+    **each(resume, ["boft", "fourierft"], shard=(shard, shared), cut=(cut, train)),
+    **each(folders, shard=(shard,), cut=(cut,)),
     **each(ddp_unused, ["lora", "mos"]),
     **each(ddp_accumulate, ["lora", "mos"]),
     **each(fsdp_layers, ["mos", "boft"]),
