@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--port", type=int, default=8000, help="(%(default)s)")
     add("--model", type=Path, metavar="FOLDER", help="a causal language model of transformers (default: SmolLM2-135M)")
     add("--adapter", type=named, action="append", default=[], metavar="NAME=FOLDER", help="may be given several times")
-    add("--steps", type=int, default=10, help="training steps of the default adapters (%(default)s)")
+    add("--steps", type=int, default=20, help="training steps of the default adapters (%(default)s)")
     add("--out", type=Path, default=Path("out/serve"), help="where those are kept (%(default)s)")
     add("--rows", type=int, default=16, help="requests that run at a time (%(default)s)")
     add("--waiting", type=int, default=64, help="requests that may wait (%(default)s)")
