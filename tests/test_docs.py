@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NEEDS = {"peft-model": ["peft", "transformers"], "plain-model": ["transformers"], "quantised-model": ["torchao"]}
+NEEDS = {
+    "peft-model": ["peft", "transformers"],
+    "plain-model": ["transformers"],
+    "quantised-model": ["torchao"],
+    "serving": [],
+}
 
 
 @pytest.mark.parametrize("page", NEEDS)
