@@ -7,7 +7,7 @@ Layers are timed as in tax.py: two calls take turns, and a figure is the ratio o
 layer costs over the accelerated one is the ratio of their taxes. All three have the same numbers, read from the file
 that PEFT writes, and their outputs are held against the formula in float64 beforehand. So are the logits of a small
 Llama, one token of which is then computed behind a prompt whose keys and values are cached. Compiled by torch.compile
-are layers of ours. Last, `accelerate` takes over a PEFT model of seven billion parameters that has shapes alone.
+are stacks of our layers. Last, `accelerate` takes over a PEFT model of seven billion parameters that has shapes alone.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ LLAMA = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, 
 SEVEN_BILLION = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
                  "vocab_size": 32000}  # fmt: skip
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PROMPT, COMPILED_TOKENS = 32, 16
+PROMPT, COMPILED_TOKENS, STACKED = 32, 16, 6
+COMPILED_HEADING = ("compiled / eager", "T", "forward", "training", "frozen: forward", "training")
 TAKE_OVERS = 5
 
 # ---------------------------------------------------------------------- layers
@@ -219,7 +220,8 @@ def token_lines(token: Token) -> list[str]:
 
 @dataclass
 class Compiled:
-    """The time of a compiled layer of ours over the time of the same layer as it is."""
+    """The time of six compiled layers of ours in a row, or of one where they do not fit together, over the time of the
+    same layers as they are; and the same of frozen ones, which is what PyTorch asks for compiling them."""
 
     method: str
     tokens: int
@@ -227,6 +229,8 @@ class Compiled:
     limit: float
     forward: float | None = None
     training: float | None = None
+    frozen_forward: float | None = None
+    frozen_training: float | None = None
 
     @property
     def right(self) -> bool:
@@ -243,16 +247,27 @@ def measure_compiled(name: str, size: tuple[int, int], tokens: int) -> Compiled:
     error = output_error(compiled, x, grad, range(tokens), formula(x, grad))
     result = Compiled(METHODS[name].title, tokens, error, error_limit(torch.float32, max(size)))
     if result.right:
-        with torch.no_grad():
-            eager, fast, _ = in_turn(forward(ours, x), forward(compiled, x))
-            result.forward = fast / eager
-        eager, fast, _ = in_turn(training_step(ours, x, grad), training_step(compiled, x, grad))
-        result.training = fast / eager
+        depth = STACKED if size[0] == size[1] else 1
+        bases = [nn.Linear(*size).requires_grad_(False) for _ in range(depth)]
+        stack = nn.Sequential(*(build_fastpeft(name, base)[0] for base in bases))
+        result.forward, result.training = compiled_over_eager(stack, x, grad)
+        result.frozen_forward, result.frozen_training = compiled_over_eager(nn.Sequential(*bases), x, grad)
     return result
 
 
+def compiled_over_eager(model: nn.Module, x: Tensor, grad: Tensor) -> tuple[float, float]:
+    """Forward without gradients, and a training step."""
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        eager, fast, _ = in_turn(forward(model, x), forward(compiled, x))
+    eager_step, fast_step, _ = in_turn(training_step(model, x, grad), training_step(compiled, x, grad))
+    return fast / eager, fast_step / eager_step
+
+
 def compiled_line(row: Compiled) -> str:
-    figures = [tables.shown(value, ".2f") if row.right else "wrong" for value in (row.forward, row.training)]
+    values = (row.forward, row.training, row.frozen_forward, row.frozen_training)
+    figures = [tables.shown(value, ".2f") if row.right else "wrong" for value in values]
     return tables.line([row.method, str(row.tokens), *figures])
 
 
@@ -315,9 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(body(row), flush=True)
         print()
     token = measure_token(peft, LLAMA)
-    print(
-        *token_lines(token), "", *tables.heading("compiled / eager", "T", "forward", "training"), sep="\n", flush=True
-    )
+    print(*token_lines(token), "", *tables.heading(*COMPILED_HEADING), sep="\n", flush=True)
     compiled = []
     for name in arguments.methods:
         compiled.append(measure_compiled(name, arguments.sizes[0], COMPILED_TOKENS))
