@@ -31,8 +31,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def in_turn(shapes: Sequence[Any], dtypes: Iterable[Any]) -> list[Any]:
-    """(shape, dtype) for tests of kernels: on a GPU all pairs; in the interpreter, where each takes a second, every
-    shape in two of the dtypes, and every dtype with its share of the shapes."""
+    """(shape, dtype) for tests of kernels: on a GPU all pairs; elsewhere, where one can take a second, every shape in
+    two of the dtypes, and every dtype with its share of the shapes."""
     each = list(dtypes)
     if os.environ.get("TRITON_INTERPRET") == "0":
         chosen = [(shape, dtype) for shape in shapes for dtype in each]

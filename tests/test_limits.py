@@ -76,8 +76,8 @@ def test_a_layer_survives_running_out_of_memory(config: str, training: bool):
         layer.zero_grad()
         failures = 0
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        big = torch.ones(1, 1).expand(1 << 19, 64)  # an output takes 128 MiB
-        for spare in range(0, 1200, 40):
+        big = torch.ones(1, 1).expand(1 << 18, 64)  # an output takes 64 MiB
+        for spare in range(0, 600, 20):
             resource.setrlimit(resource.RLIMIT_AS, (used + (spare << 20), resource.RLIM_INFINITY))
             try:
                 step(big)
