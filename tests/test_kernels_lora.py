@@ -83,7 +83,12 @@ def exact(x, weight, bias, lora_A, lora_B, scaling):
 
 
 def composed(x, weight, bias, lora_A, lora_B, scaling):
-    """y from PyTorch's own operators in the same dtypes; h from float32, which is its dtype."""
+    """y from PyTorch's own operators in the same dtypes; h from float32, which is its dtype.
+
+    Of copies: on CPUs with matrix tiles PyTorch's 16-bit product multiplies what lies beside a slice by zeros, and that
+    is NaN here.
+    """
+    x, weight, lora_A, lora_B = (t.contiguous() for t in (x, weight, lora_A, lora_B))
     delta = scaling * ((x.to(lora_A.dtype) @ lora_A.T) @ lora_B.T)
     return (F.linear(x, weight, bias) + delta).to(x.dtype), x.float() @ lora_A.float().T
 

@@ -76,13 +76,27 @@ class Served(nn.Module):
 
 
 def _laid_out_as(z: Tensor, x: Tensor) -> Tensor:
-    """z with gaps where x has some: the frozen product adds the bias in another place there, and bits would differ."""
+    """z with the strides of x. They decide which product the frozen layer takes and where it adds the bias, and with
+    that its last bits. A dimension that x only repeats gets a stride of its own, one that folds into no other.
+    """
     if x.is_contiguous():
         return z
-    out = torch.empty_like(x)  # the strides of x, unless they leave gaps or overlap
-    if out.is_contiguous():
-        out = x.new_empty(*x.shape[:-1], x.shape[-1] + 1)[..., :-1]
-    return out.copy_(z)
+    strides, span = list(x.stride()), 1
+    for dim in sorted(range(x.dim()), key=lambda dim: (strides[dim] == 0, strides[dim])):
+        if x.shape[dim] > 1:
+            if strides[dim] == 0:
+                strides[dim] = span + x.shape[-1]
+            elif strides[dim] < span:
+                return _with_gaps(z)
+            span += (x.shape[dim] - 1) * strides[dim]
+    if span > 4 * z.numel():
+        return _with_gaps(z)
+    return torch.empty_strided(x.shape, strides, dtype=z.dtype, device=z.device).copy_(z)
+
+
+def _with_gaps(z: Tensor) -> Tensor:
+    """For rows that overlap or lie far apart: not contiguous is what they have in common."""
+    return z.new_empty(*z.shape[:-1], z.shape[-1] + 1)[..., :-1].copy_(z)
 
 
 @cache
