@@ -1,38 +1,17 @@
 // The operator fastpeft::low_rank_many_ on CUDA tensors. Schema and fake: fastpeft/ops/low_rank_many.py; maths:
 // low_rank_many.cuh.
 #include "cuda/low_rank_many.cuh"
-#include "cuda/tensor.h"
+#include "cuda/many.h"
 
 namespace fastpeft::many {
 namespace {
 
 constexpr char kOp[] = "low_rank_many";
 
-// x or y: rows at any distance, elements side by side. Nothing is copied: this runs without allocating.
-void check_rows(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2, "low_rank_many: ", name, " must have shape (tokens, features), got ", tensor.dim(),
-                  " dimensions");
-  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, "low_rank_many: ", name,
-                  " must have its features side by side, got a stride of ", tensor.stride(1));
-  STD_TORCH_CHECK(tensor.size(1) <= INT32_MAX, "low_rank_many: ", name, " has more than 2^31 features, ",
-                  tensor.size(1));
-}
-
-void check_table(const Tensor& tensor, const char* name, ScalarType type, int64_t dims, const Tensor& y) {
-  check_device(tensor, kOp, name, y, "y");
-  STD_TORCH_CHECK(tensor.scalar_type() == type, "low_rank_many: ", name, " must be ", type, ", got ",
-                  tensor.scalar_type());
-  STD_TORCH_CHECK(tensor.dim() == dims, "low_rank_many: ", name, " must have ", dims, " dimensions, got ",
-                  tensor.dim());
-  STD_TORCH_CHECK(tensor.is_contiguous(), "low_rank_many: ", name, " must be contiguous, it is not");
-  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(0) <= INT32_MAX, "low_rank_many: ", name,
-                  " has more than 2^31 rows, ", tensor.size(0));
-}
-
 Shards shards_of(const Tensor& arena, const Tensor& index, int64_t features, const char* name, const char* index_name,
                  const Tensor& y) {
-  check_table(arena, name, arena.scalar_type(), 2, y);
-  check_table(index, index_name, ScalarType::Int, 3, y);
+  check_table(arena, kOp, name, arena.scalar_type(), 2, y, "y");
+  check_table(index, kOp, index_name, ScalarType::Int, 3, y, "y");
   const int64_t width = arena.size(1), per_row = index.size(2);
   STD_TORCH_CHECK(width * per_row == features, "low_rank_many: ", name, " must have rows of ", features,
                   " features divided by ", per_row, ", got ", width);
@@ -40,7 +19,7 @@ Shards shards_of(const Tensor& arena, const Tensor& index, int64_t features, con
                   " must have fewer than 2^31 rows");
   return {
       .shards = arena.const_data_ptr(),
-      .index = static_cast<const int*>(index.const_data_ptr()),
+      .index = numbers_of(index),
       .count = static_cast<int>(arena.size(0)),
       .width = static_cast<int>(width),
       .per_row = static_cast<int>(per_row),
@@ -52,9 +31,8 @@ Shards shards_of(const Tensor& arena, const Tensor& index, int64_t features, con
 void low_rank_many(Tensor y, const Tensor& x, const Tensor& arena_A, const Tensor& index_A, const Tensor& arena_B,
                    const Tensor& index_B, const Tensor& rank, const Tensor& scaling, const Tensor& rows,
                    const Tensor& slots) {
-  STD_TORCH_CHECK(y.is_cuda(), "low_rank_many: y must be on a GPU, it is not");
-  check_rows(y, "y");
-  check_rows(x, "x");
+  check_rows(y, kOp, "y");
+  check_rows(x, kOp, "x");
   check_device(x, kOp, "x", y, "y");
   const ScalarType type = y.scalar_type(), shard_type = arena_A.scalar_type();
   const Element element = element_of(y, kOp, "y"), shard_element = element_of(arena_A, kOp, "arena_A");
@@ -67,15 +45,11 @@ void low_rank_many(Tensor y, const Tensor& x, const Tensor& arena_A, const Tenso
   const int64_t tokens = y.size(0), count = index_A.size(0), r_max = index_A.size(1);
   STD_TORCH_CHECK(index_B.size(0) == count && index_B.size(1) == r_max, "low_rank_many: index_B must have ", count,
                   " slots of ", r_max, " rows as index_A has, got ", index_B.size(0), " of ", index_B.size(1));
-  check_table(rank, "rank", ScalarType::Int, 1, y);
-  check_table(scaling, "scaling", ScalarType::Float, 1, y);
-  check_table(rows, "rows", ScalarType::Int, 1, y);
-  check_table(slots, "slots", ScalarType::Int, 1, y);
+  check_table(rank, kOp, "rank", ScalarType::Int, 1, y, "y");
+  check_table(scaling, kOp, "scaling", ScalarType::Float, 1, y, "y");
+  check_plan(rows, slots, kOp, y, "y");
   STD_TORCH_CHECK(rank.size(0) == count && scaling.size(0) == count, "low_rank_many: rank and scaling must have ",
                   count, " entries, one for each slot, got ", rank.size(0), " and ", scaling.size(0));
-  STD_TORCH_CHECK(rows.size(0) == tokens && slots.size(0) == tokens,
-                  "low_rank_many: rows and slots must have an entry for each of the ", tokens, " rows of y, got ",
-                  rows.size(0), " and ", slots.size(0));
   if (y.numel() == 0 || x.numel() == 0 || arena_A.numel() == 0 || arena_B.numel() == 0 || count * r_max == 0) return;
 
   const int device = y.get_device_index();
@@ -93,10 +67,10 @@ void low_rank_many(Tensor y, const Tensor& x, const Tensor& arena_A, const Tenso
       .out = static_cast<int>(y.size(1)),
       .a = a,
       .b = b,
-      .rank = static_cast<const int*>(rank.const_data_ptr()),
+      .rank = numbers_of(rank),
       .scaling = static_cast<const float*>(scaling.const_data_ptr()),
-      .row_numbers = static_cast<const int*>(rows.const_data_ptr()),
-      .slot_numbers = static_cast<const int*>(slots.const_data_ptr()),
+      .row_numbers = numbers_of(rows),
+      .slot_numbers = numbers_of(slots),
       .tokens = static_cast<int>(tokens),
       .slots = static_cast<int>(count),
       .r_max = static_cast<int>(r_max),

@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "cuda/element.cuh"
+#include "cuda/many.cuh"
 
 namespace fastpeft::many {
 
@@ -100,15 +101,6 @@ inline Plan plan_low_rank_many(int64_t tokens, int64_t in, int64_t out, int shar
   plan.front_floats = front_floats(static_cast<int>(in), shard_bytes);
   plan.shared_bytes = (plan.front_floats + 2 * kSlice) * int64_t{sizeof(float)};
   return plan;
-}
-
-// Asks for the line of an address without waiting for it.
-__device__ __forceinline__ void prefetch(const void* address) {
-#ifdef __CUDA_ARCH__
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-#else
-  static_cast<void>(*static_cast<const volatile char*>(address));
-#endif
 }
 
 // How shards are read: one element, or 16 bytes.

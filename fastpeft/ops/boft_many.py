@@ -7,11 +7,13 @@ once, when an adapter is loaded. Forward only.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastpeft import reference
-from fastpeft.backend import Operator
+from fastpeft.backend import Operator, where_it_fits
 from fastpeft.ops import base, many
 from fastpeft.ops.boft import _factor_unview, _factor_view, butterfly_misfit
 
@@ -62,6 +64,7 @@ def boft_rotate_many(
     """
     x = many.beside(x)
     backend = many.choose(BOFT_ROTATE_MANY, x, arena_blocks, arena_blocks=arena_blocks)
+    backend = where_it_fits(backend, x, partial(_window_fits, factors, block_size))
     if backend == "native":
         return BOFT_ROTATE_MANY.call("native", x, arena_blocks, row_blocks, factors, block_size, rows, slots)
     many.check_rows(x, rows, slots)
@@ -74,6 +77,17 @@ def boft_rotate_many(
     many.check_table("row_blocks", row_blocks, ("S",), torch.int32, x)
     run = _rotate_reference if backend == "reference" else _rotate
     return run(x, arena_blocks, row_blocks, (factors, features // block_size, block_size, block_size), rows, slots)
+
+
+def _window_fits(factors: int, block_size: int, shared_memory: int) -> bool:
+    """Whether CUDA C++ has room for two rows of a window of b·2^(m−1) features in float32, and what it knows of them.
+
+    Numbers that make no window are left to the operator, which says so.
+    """
+    if not (0 < factors < 32 and block_size > 0):
+        return True
+    lines = ((block_size << (factors - 1)) + 31) // 32
+    return 2 * (4 * 32 * lines + 4) <= shared_memory
 
 
 def _rows_of(

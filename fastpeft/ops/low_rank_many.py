@@ -67,7 +67,7 @@ def low_rank_many_(
         TypeError: a dtype does not fit.
     """
     x = many.beside(x)
-    backend = many.choose(LOW_RANK_MANY, x, arena_A, y=y, arena_A=arena_A, arena_B=arena_B)
+    backend = many.choose(LOW_RANK_MANY, x, arena_A, narrow_on_gpu=True, y=y, arena_A=arena_A, arena_B=arena_B)
     tables = index_A, arena_B, index_B, rank, scaling
     if backend == "native":
         LOW_RANK_MANY.call("native", y, x, arena_A, *tables, rows, slots)

@@ -43,8 +43,11 @@ def slot_of_rows(rows: Tensor, slots: Tensor, count: int) -> Tensor:
     return found[:tokens]
 
 
-def choose(operator: Operator, x: Tensor, arena: Tensor, **wanting: Tensor | None) -> str:
-    """The backend for x and an arena. C++ on a CPU takes float32 arenas; others go to the composition.
+def choose(
+    operator: Operator, x: Tensor, arena: Tensor, *, narrow_on_gpu: bool = False, **wanting: Tensor | None
+) -> str:
+    """The backend for x and an arena. Kernels take float32 arenas, CUDA C++ also those of 16 bits where it is said to;
+    others go to the composition.
 
     Raises:
         ValueError: an argument requires a gradient while gradients are recorded.
@@ -53,9 +56,8 @@ def choose(operator: Operator, x: Tensor, arena: Tensor, **wanting: Tensor | Non
         if base.needs_autograd(tensor):
             raise ValueError(f"{name} must not require a gradient, got requires_grad=True: there is no backward")
     chosen = operator.choose(x, arena)
-    if chosen == "native" and x.device.type == "cpu" and arena.dtype != torch.float32 and backend._forced is None:
-        return "torch"
-    return chosen
+    taken = arena.dtype == torch.float32 or (narrow_on_gpu and x.is_cuda)
+    return "torch" if chosen == "native" and not taken and backend._forced is None else chosen
 
 
 def beside(x: Tensor) -> Tensor:
