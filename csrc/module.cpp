@@ -1,5 +1,5 @@
-// The introspection module fastpeft._C. Importing it loads the shared library, and with it the operators that
-// csrc/cpu and csrc/cuda register.
+// The module fastpeft._C: what this build holds, and what is called without the dispatcher. Importing it loads the
+// shared library, and with it the operators that csrc/cpu and csrc/cuda register.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/version.h>
@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cpu/isa.h"
+#include "cpu/layer_calls.h"
 
 namespace {
 
@@ -32,6 +33,7 @@ PYBIND11_MODULE(_C, m) {
         return memcmp(reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b), bytes) == 0;
       },
       "Whether two stretches of memory, given by their addresses, hold the same.");
+  fastpeft::bind_layer_calls(m);
   m.attr("isa") = fastpeft::isa_name(fastpeft::active_isa());
   m.attr("compiled_isas") = names(false);
   m.attr("supported_isas") = names(true);

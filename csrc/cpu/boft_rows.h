@@ -21,10 +21,10 @@ inline typename Row<B>::type join(typename Row<B / 2>::type low, typename Row<B 
 }
 
 template <int B>
-inline typename Row<B>::type load_row(const float* row, Place at) {
+inline typename Row<B>::type load_row(const float* first, const float* second) {
   typename Row<B / 2>::type low, high;
-  __builtin_memcpy(&low, row + at.low, sizeof(low));
-  __builtin_memcpy(&high, row + at.high, sizeof(high));
+  __builtin_memcpy(&low, first, sizeof(low));
+  __builtin_memcpy(&high, second, sizeof(high));
   return join<B>(low, high, std::make_integer_sequence<int, B>{});
 }
 
@@ -36,17 +36,47 @@ inline void store_row(float* row, Place at, typename Row<B>::type value, std::in
   __builtin_memcpy(row + at.high, &high, sizeof(high));
 }
 
+template <int B>
+struct Block {
+  typename Row<B>::type rows[B];
+
+  // Row by row: a block that is copied as a whole goes by way of the stack.
+  explicit Block(const float* q) {
+#pragma GCC unroll 32
+    for (int a = 0; a < B; ++a) __builtin_memcpy(&rows[a], q + a * B, sizeof(rows[a]));
+  }
+
+  // Entry c is sum_a z[a] q[a, c], z the features of two halves; in one order for all who ask.
+  typename Row<B>::type times(const float* low, const float* high) const {
+    typename Row<B>::type sum = {};  // from zero: that leaves no choice of what is fused with what
+#pragma GCC unroll 32
+    for (int a = 0; a < B; ++a) sum += rows[a] * (a < B / 2 ? low[a] : high[a - B / 2]);
+    return sum;
+  }
+};
+
 // out[t] = in[t] Q for one block. in and out may be the same rows.
 template <int B>
 inline void multiply_block(const float* in, float* out, int64_t ld, int64_t tokens, Place at, const float* q) {
-  typename Row<B>::type rows[B];
-  __builtin_memcpy(rows, q, sizeof(rows));
+  const Block<B> block(q);
   for (int64_t t = 0; t < tokens; ++t) {
     const float* source = in + t * ld;
-    typename Row<B>::type sum = rows[0] * source[at.low];
-#pragma GCC unroll 32
-    for (int a = 1; a < B; ++a) sum += rows[a] * source[a < B / 2 ? at.low + a : at.high + a - B / 2];
-    store_row<B>(out + t * ld, at, sum, std::make_integer_sequence<int, B / 2>{});
+    store_row<B>(out + t * ld, at, block.times(source + at.low, source + at.high),
+                 std::make_integer_sequence<int, B / 2>{});
+  }
+}
+
+// All blocks of a factor for one token. A loop of its own, since what leads from block to block would cost more than
+// the product.
+template <int B>
+inline void multiply_blocks(const float* in, float* out, int64_t blocks, int64_t factor, const float* q) {
+  const int64_t others = (int64_t(1) << factor) - 1, apart = int64_t(B / 2) << factor;
+  for (int64_t k = 0; k < blocks; ++k, q += B * B) {
+    // Blocks are read once and come from far away: asked for half a page ahead they come sooner.
+    for (int i = 0; i < B * B; i += 16) __builtin_prefetch(q + i + 512);
+    const int64_t low = (k & ~others) * B + (k & others) * (B / 2);
+    store_row<B>(out, {low, low + apart, k}, Block<B>(q).times(in + low, in + low + apart),
+                 std::make_integer_sequence<int, B / 2>{});
   }
 }
 
@@ -57,7 +87,7 @@ inline void differentiate_block(const float* in, float* g, int64_t ld, int64_t t
   if (dq != nullptr) {
     typename Row<B>::type sums[B] = {};
     for (int64_t t = 0; t < tokens; ++t) {
-      const typename Row<B>::type gradient = load_row<B>(g + t * ld, at);
+      const typename Row<B>::type gradient = load_row<B>(g + t * ld + at.low, g + t * ld + at.high);
       const float* source = in + t * ld;
 #pragma GCC unroll 32
       for (int a = 0; a < B; ++a) {
@@ -109,11 +139,15 @@ struct RowChunk {
 
   template <int B>
   void multiply(const float* in, float* out, const float* blocks, int64_t factor) const {
+    if constexpr (B > 0) {
+      if (tokens == 1) {
+        const float* q = blocks + block_offset(shape, factor, {0, 0, range.first / shape.block});
+        return multiply_blocks<B>(in, out, range.count / B, factor, q);
+      }
+    }
     for_each_block(range, shape.block, factor, [&](Place at) {
       const float* q = blocks + block_offset(shape, factor, at);
       if constexpr (B > 0) {
-        // Blocks are read once and come from far away: asked for a page ahead they come sooner.
-        for (int i = 0; i < B * B; i += 16) __builtin_prefetch(q + i + 1024);
         multiply_block<B>(in, out, range.count, tokens, at, q);
       } else {
         multiply_any(in, out, range.count, tokens, at, shape.block, q, shape.block, 1, spare);

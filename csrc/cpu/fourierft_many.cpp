@@ -4,14 +4,14 @@
 // Floor, for a tile of 16 rows: the transforms' 3.5 (in log2 in + out log2 out) vector operations, 72 thousand at 1024
 // features, and 7 vector loads and stores for each place. Bytes are few: n coefficients for each row.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "cpu/fourierft_many_loops.h"
-#include "cpu/many.h"
+#include "cpu/many_tensors.h"
 #include "cpu/scratch.h"
 
 namespace fastpeft {
@@ -29,69 +29,98 @@ void check_places(const int32_t* numbers, int64_t n, int64_t limit) {
   STD_TORCH_CHECK(signs >= 0, "places must hold numbers in [0, ", limit, ")");
 }
 
+class FourierWork : public Work {
+ public:
+  FourierWork(const FourierTables& tables, const Batch& batch, const Matrix& x, const Matrix& y, int64_t in,
+              int64_t out)
+      : tables_(tables), x_(x), y_(y) {
+    const int64_t n = tables.spectrum.width;
+    STD_TORCH_CHECK(in < int64_t(1) << 30 && out < int64_t(1) << 30, "x and y must have fewer than 2^30 features");
+    for (const Segment& segment : batch.segments(tables.slots, [&](int64_t slot) { return tables.row[slot] != -1; })) {
+      const int64_t p = tables.place[segment.slot];
+      STD_TORCH_CHECK(p >= 0 && p < tables.kinds, "place must hold numbers in [0, ", tables.kinds, "), got ", p);
+      const float* spectrum = tables.spectrum.row(tables.row[segment.slot], "row_spectrum");
+      const float scale = float(double(tables.scaling[segment.slot]) / (double(in) * double(out)));
+      for (int64_t t = 0; t < segment.count; ++t) {
+        tokens_.push_back({segment.first + t * segment.step, tables.places + p * 2 * n, spectrum, scale});
+      }
+    }
+    if (tokens_.empty()) return;
+    // Tokens whose places are the same travel together.
+    std::stable_sort(tokens_.begin(), tokens_.end(),
+                     [](const Token& a, const Token& b) { return a.places < b.places; });
+    for (size_t t = 0; t < tokens_.size(); ++t) {
+      if (t > 0 && tokens_[t].places == tokens_[t - 1].places) continue;
+      check_places(tokens_[t].places, n, out);
+      check_places(tokens_[t].places + n, n, in);
+    }
+    source_ = fft_plan(in), target_ = fft_plan(out);
+    tasks = (int64_t(tokens_.size()) + loops().lanes - 1) / loops().lanes;
+    size = 1 << 16;
+  }
+
+  void run(int64_t task) const override {
+    const int64_t lanes = loops().lanes, first = task * lanes, n = tables_.spectrum.width;
+    Scratch scratch(loops().scratch_floats(*source_, *target_, n));
+    FourierTile tile{};
+    tile.count = std::min(lanes, int64_t(tokens_.size()) - first);
+    tile.n = n;
+    for (int64_t t = 0; t < tile.count; ++t) {
+      const Token& token = tokens_[first + t];
+      tile.x[t] = x_.row(token.row);
+      tile.y[t] = y_.row(token.row);
+      tile.spectrum[t] = token.spectrum;
+      tile.places[t] = token.places;
+      tile.scale[t] = token.scale;
+    }
+    loops().fwd(*source_, *target_, x_.scalar, tile, scratch.data());
+  }
+
+ private:
+  struct Token {
+    int64_t row;
+    const int32_t* places;
+    const float* spectrum;
+    float scale;
+  };
+
+  FourierTables tables_;
+  Matrix x_, y_;
+  std::vector<Token> tokens_;
+  std::shared_ptr<const FftPlan> source_, target_;
+};
+
 void fourier_many(Tensor y, const Tensor& x, const Tensor& arena_spectrum, const Tensor& row_spectrum,
                   const Tensor& places, const Tensor& place, const Tensor& scaling, const Tensor& rows,
                   const Tensor& slots) {
-  check_activation(y, "y", -1);
-  check_activation(x, "x", y.size(0));
-  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "x must have the dtype of y");
+  const Matrix target = matrix_of(y, "y"), source = matrix_of(x, "x", y.size(0));
+  STD_TORCH_CHECK(source.scalar == target.scalar, "x must have the dtype of y");
   check_table(places, "places", ScalarType::Int, {-1, 2, -1});
-  const int64_t n = places.size(2), in = x.size(1), out = y.size(1);
-  check_table(arena_spectrum, "arena_spectrum", ScalarType::Float, {-1, n});
+  const Arena arena = arena_of(arena_spectrum, "arena_spectrum", places.size(2));
   check_table(row_spectrum, "row_spectrum", ScalarType::Int, {-1});
   const int64_t count = row_spectrum.size(0);
   check_table(place, "place", ScalarType::Int, {count});
   check_table(scaling, "scaling", ScalarType::Float, {count});
-  STD_TORCH_CHECK(in < int64_t(1) << 30 && out < int64_t(1) << 30, "x and y must have fewer than 2^30 features");
-  const int32_t *spectra = data_of<int32_t>(row_spectrum), *which = data_of<int32_t>(place);
-  const BatchPlan plan(rows, slots, y.size(0), count, [&](int64_t slot) { return spectra[slot] != -1; });
-  if (plan.segments.empty() || in == 0 || out == 0 || n == 0) return;
-
-  struct Token {
-    int64_t row, slot, place;
-    const float* spectrum;
-  };
-  std::vector<Token> tokens;
-  for (const Segment& segment : plan.segments) {
-    const int64_t p = which[segment.slot];
-    STD_TORCH_CHECK(p >= 0 && p < places.size(0), "place must hold numbers in [0, ", places.size(0), "), got ", p);
-    const float* spectrum = arena_row(arena_spectrum, spectra[segment.slot], "row_spectrum");
-    for (int64_t t = 0; t < segment.count; ++t) {
-      tokens.push_back({segment.first + t * segment.step, segment.slot, p, spectrum});
-    }
-  }
-  // Tokens whose places are the same travel together.
-  std::stable_sort(tokens.begin(), tokens.end(), [](const Token& a, const Token& b) { return a.place < b.place; });
-  const int32_t* numbers = data_of<int32_t>(places);
-  for (size_t t = 0; t < tokens.size(); ++t) {
-    if (t > 0 && tokens[t].place == tokens[t - 1].place) continue;
-    check_places(numbers + tokens[t].place * 2 * n, n, out);
-    check_places(numbers + (tokens[t].place * 2 + 1) * n, n, in);
-  }
-
-  const auto source = fft_plan(in), target = fft_plan(out);
-  const Scalar scalar = scalar_of(x, "x");
-  const int64_t lanes = loops().lanes, total = int64_t(tokens.size());
-  torch::stable::parallel_for(0, (total + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(loops().scratch_floats(*source, *target, n));
-    for (int64_t first = begin * lanes; first < std::min(end * lanes, total); first += lanes) {
-      FourierTile tile{};
-      tile.count = std::min(lanes, total - first);
-      tile.n = n;
-      for (int64_t t = 0; t < tile.count; ++t) {
-        const Token& token = tokens[first + t];
-        tile.x[t] = rows_from(x, token.row).data;
-        tile.y[t] = rows_into(y, token.row).data;
-        tile.spectrum[t] = token.spectrum;
-        tile.places[t] = numbers + token.place * 2 * n;
-        tile.scale[t] = float(double(data_of<float>(scaling)[token.slot]) / (double(in) * double(out)));
-      }
-      loops().fwd(*source, *target, scalar, tile, scratch.data());
-    }
-  });
+  std::vector<char> named(y.size(0));
+  const Batch batch = batch_of(rows, slots, named);
+  if (x.numel() == 0 || y.numel() == 0 || arena.width == 0) return;
+  const FourierTables tables{arena,
+                             data_of<int32_t>(row_spectrum),
+                             data_of<int32_t>(places),
+                             data_of<int32_t>(place),
+                             data_of<float>(scaling),
+                             count,
+                             places.size(0)};
+  run_alone(fourier_work(tables, batch, source, target, x.size(1), y.size(1)));
 }
 
 }  // namespace
+
+std::unique_ptr<Work> fourier_work(const FourierTables& tables, const Batch& batch, const Matrix& x, const Matrix& y,
+                                   int64_t in_features, int64_t out_features) {
+  return std::make_unique<FourierWork>(tables, batch, x, y, in_features, out_features);
+}
+
 }  // namespace fastpeft
 
 STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) { m.impl("fourier_many_", TORCH_BOX(&fastpeft::fourier_many)); }

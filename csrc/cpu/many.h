@@ -1,47 +1,43 @@
-// What the operators for batches of many adapters share on CPU tensors: the plan of a batch, and checks of its tables.
+// Batches of many adapters on CPUs, on raw pointers: the plan of a batch, and work that is cut into tasks.
+//
+// The operators (low_rank_many.cpp, boft_many.cpp, fourierft_many.cpp) check tensors and do the work of one family.
+// LayerCalls (layer_calls.cpp) does that of all families of a layer at once.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
+#include <stdint.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <initializer_list>
+#include <atomic>
+#include <memory>
 #include <vector>
 
-#include "cpu/tensor.h"
+#include "common/half.h"
+#include "cpu/rows.h"
 
 namespace fastpeft {
 
-// Whoever calls the operators by name gets an error, not a crash. -1 stands for any size.
-inline void check_table(const torch::stable::Tensor& table, const char* name, torch::headeronly::ScalarType type,
-                        std::initializer_list<int64_t> sizes) {
-  check_cpu(table, name);
-  STD_TORCH_CHECK(table.scalar_type() == type, name, " must be ", type, ", got ", table.scalar_type());
-  bool fits = table.dim() == int64_t(sizes.size());
-  for (size_t i = 0; fits && i < sizes.size(); ++i) {
-    fits = sizes.begin()[i] == -1 || sizes.begin()[i] == table.size(int64_t(i));
+// Rows of one width, looked at before they are read.
+struct Arena {
+  const float* data;
+  int64_t rows, width;
+
+  const float* row(int64_t number, const char* name) const {
+    STD_TORCH_CHECK(number >= 0 && number < rows, name, " must hold numbers in [0, ", rows, "), got ", number);
+    return data + number * width;
   }
-  STD_TORCH_CHECK(fits, name, " must have the sizes that the other tensors give it");
-  STD_TORCH_CHECK(table.is_contiguous(), name, " must be contiguous");
-}
+};
 
-inline void check_activation(const torch::stable::Tensor& x, const char* name, int64_t tokens) {
-  check_cpu(x, name);
-  scalar_of(x, name);
-  STD_TORCH_CHECK(x.dim() == 2 && (tokens == -1 || x.size(0) == tokens), name, " must be a matrix with the rows of y");
-  STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, name, " must have its features side by side");
-}
+// Activations: rows at any distance, features side by side. Those that are read are not written to.
+struct Matrix {
+  void* data;
+  int64_t stride;  // in elements
+  Scalar scalar;
 
-template <typename T>
-inline const T* data_of(const torch::stable::Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-// Row `number` of an arena, looked at before it is read.
-inline const float* arena_row(const torch::stable::Tensor& arena, int64_t number, const char* name) {
-  STD_TORCH_CHECK(number >= 0 && number < arena.size(0), name, " must hold numbers in [0, ", arena.size(0), "), got ",
-                  number);
-  return data_of<float>(arena) + number * arena.size(1);
-}
+  int64_t element_size() const { return scalar == Scalar::float32 ? 4 : 2; }
+  void* row(int64_t t) const { return static_cast<char*>(data) + t * stride * element_size(); }
+};
 
 // Rows of x that have one slot and lie at one distance from each other, so that the loops take them at once. How rows
 // are cut into segments changes no sum: each row has its own, in an order that its adapter and the sizes decide.
@@ -49,32 +45,25 @@ struct Segment {
   int64_t slot;
   int64_t first, step, count;  // rows first, first + step, ...
 
-  Rows of(const torch::stable::Tensor& x, int64_t from = 0) const {
-    return {rows_from(x, first + from * step).data, step * x.stride(0)};
-  }
-  MutableRows into(const torch::stable::Tensor& y, int64_t from = 0) const {
-    return {rows_into(y, first + from * step).data, step * y.stride(0)};
-  }
+  Rows of(const Matrix& x) const { return {x.row(first), step * x.stride}; }
+  MutableRows into(const Matrix& y) const { return {y.row(first), step * y.stride}; }
 };
 
-struct BatchPlan {
-  std::vector<Segment> segments;
-  std::vector<char> named;  // which rows belong to a segment
+// A plan as fastpeft/ops/many.py has it, and which rows a family has taken already.
+struct Batch {
+  const int32_t* rows;   // [tokens]
+  const int32_t* slots;  // [tokens]
+  std::vector<char>& named;
 
-  // There are `slots_count` slots, of which wanted(slot) says whether it does anything. Segments are as long as whole
-  // tiles and all threads allow.
+  // Segments of the slots below `slots_count` for which wanted(slot), as long as whole tiles and all threads allow.
   template <typename Wanted>
-  BatchPlan(const torch::stable::Tensor& rows, const torch::stable::Tensor& slots, int64_t tokens, int64_t slots_count,
-            Wanted wanted)
-      : named(tokens, 0) {
-    using torch::headeronly::ScalarType;
-    check_table(rows, "rows", ScalarType::Int, {tokens});
-    check_table(slots, "slots", ScalarType::Int, {tokens});
+  std::vector<Segment> segments(int64_t slots_count, Wanted wanted) const {
+    std::vector<Segment> segments;
+    const int64_t tokens = int64_t(named.size());
     const int64_t tasks = 4 * torch::stable::get_num_threads();
     const int64_t most = (tokens + 4 * tasks - 1) / (4 * tasks) * 4;
-    const int32_t *row_numbers = data_of<int32_t>(rows), *slot_numbers = data_of<int32_t>(slots);
     for (int64_t position = 0; position < tokens; ++position) {
-      const int64_t row = row_numbers[position], slot = slot_numbers[position];
+      const int64_t row = rows[position], slot = slots[position];
       if (slot < 0 || slot >= slots_count || row < 0 || row >= tokens || !wanted(slot)) continue;
       STD_TORCH_CHECK(!named[row], "rows must name each row at most once, ", row, " is there twice");
       named[row] = 1;
@@ -89,12 +78,89 @@ struct BatchPlan {
       }
       segments.push_back({slot, row, 0, 1});
     }
+    return segments;
   }
 };
 
-// A task is worth handing to another thread from about this many multiply-adds on.
-constexpr int64_t kManyGrainWork = 1 << 16;
+// What one family does to the rows of a batch, in tasks that write to different rows.
+class Work {
+ public:
+  virtual ~Work() = default;
+  virtual void run(int64_t task) const = 0;
 
-inline int64_t grain_of(int64_t work_per_task) { return 1 + kManyGrainWork / std::max<int64_t>(work_per_task, 1); }
+  int64_t tasks = 0;
+  int64_t size = 0;  // multiply-adds of a task, about
+};
+
+using Works = std::vector<std::unique_ptr<Work>>;
+
+// All tasks, by as many threads as they are worth. Whoever is free takes the next one: what a row gets does not depend
+// on who computes it.
+inline void run_all(const Works& works) {
+  constexpr int64_t kThreadSize = 1 << 16;
+  int64_t tasks = 0, size = 0;
+  for (const auto& work : works) {
+    tasks += work->tasks;
+    size += work->tasks * work->size;
+  }
+  std::atomic<int64_t> next{0};
+  const auto run = [&](int64_t, int64_t) {
+    for (int64_t task = next++; task < tasks; task = next++) {
+      const std::unique_ptr<Work>* work = works.data();
+      while (task >= (*work)->tasks) task -= (*work++)->tasks;
+      (*work)->run(task);
+    }
+  };
+  const int64_t threads = std::min<int64_t>({tasks, torch::stable::get_num_threads(), 1 + size / kThreadSize});
+  if (threads > 1) {
+    torch::stable::parallel_for(0, threads, 1, run);
+  } else {
+    run(0, 1);
+  }
+}
+
+// The tables of a family for one layer; see the operators' docstrings.
+
+struct LowRankTables {
+  Arena a, b;
+  const int32_t *index_a, *index_b;  // [slots, r_max, per_row]
+  const int32_t* rank;               // [slots]
+  const float* scaling;              // [slots]
+  int64_t slots, r_max, per_row;
+};
+
+struct RotationTables {
+  Arena blocks;        // rows of [factors, in / block, block, block]
+  const int32_t* row;  // [slots]
+  int64_t slots, factors, block;
+};
+
+struct ScaleTables {
+  Arena scale;         // rows of [out]
+  const int32_t* row;  // [slots]
+  int64_t slots;
+};
+
+struct FourierTables {
+  Arena spectrum;         // rows of [n]
+  const int32_t* row;     // [slots]
+  const int32_t* places;  // [kinds, 2, n]
+  const int32_t* place;   // [slots]
+  const float* scaling;   // [slots]
+  int64_t slots, kinds;
+};
+
+// y += s B A x
+std::unique_ptr<Work> low_rank_work(const LowRankTables& tables, const Batch& batch, const Matrix& x, const Matrix& y);
+// z = x R
+std::unique_ptr<Work> rotation_work(const RotationTables& tables, const Batch& batch, const Matrix& x, const Matrix& z,
+                                    int64_t features);
+// z = x, for rows that nobody has taken
+std::unique_ptr<Work> copy_work(const std::vector<char>& named, const Matrix& x, const Matrix& z, int64_t features);
+// y = (y - bias) s + bias; bias may be null.
+std::unique_ptr<Work> scale_work(const ScaleTables& tables, const Batch& batch, const void* bias, const Matrix& y);
+// y += the delta of FourierFT
+std::unique_ptr<Work> fourier_work(const FourierTables& tables, const Batch& batch, const Matrix& x, const Matrix& y,
+                                   int64_t in_features, int64_t out_features);
 
 }  // namespace fastpeft

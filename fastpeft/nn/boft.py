@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,9 @@ class BOFTFamily(Family):
         wide = torch.promote_types(dtype, torch.float32)
         width = self.factors * site.in_features * self.block_size
         return {"arena_blocks": ((width,), wide), "arena_scale": ((site.out_features,), wide)}
+
+    def enlist(self, calls: Any, tables: dict[str, Any], rows: Any, slots: Any) -> None:
+        calls.boft(rows, slots, **tables, factors=self.factors, block_size=self.block_size)
 
     def rotate(self, x: Tensor, tables: dict[str, Tensor], rows: Tensor, slots: Tensor) -> Tensor:
         blocks = tables["arena_blocks"], tables["row_blocks"], self.factors, self.block_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,9 @@ class LowRankFamily(Family):
             return None
         widths = {"arena_A": site.in_features // self.shards, "arena_B": site.out_features // self.shards}
         return {name: ((width,), dtype) for name, width in widths.items()}
+
+    def enlist(self, calls: Any, tables: dict[str, Any], rows: Any, slots: Any) -> None:
+        calls.low_rank(rows, slots, **tables)
 
     def add_(self, y: Tensor, x: Tensor, tables: dict[str, Tensor], rows: Tensor, slots: Tensor) -> None:
         low_rank_many_(y, x, **tables, rows=rows, slots=slots)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ class Family:
 
     def arenas(self, site: Site, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]] | None:
         """Shape and dtype of a row in each of a layer's arenas, in a bank of this dtype; None where none can be."""
+        raise NotImplementedError
+
+    def enlist(self, calls: Any, tables: dict[str, Any], rows: Any, slots: Any) -> None:
+        """Enters the family into the ``_C.LayerCalls`` of a layer on a CPU. All are arrays over the tensors' memory."""
         raise NotImplementedError
 
     def rotate(self, x: Tensor, tables: dict[str, Tensor], rows: Tensor, slots: Tensor) -> Tensor:

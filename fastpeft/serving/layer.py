@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.ops import base
+from fastpeft.serving.calls import Calls, calls_of
 
 if TYPE_CHECKING:
     from fastpeft.serving.bank import AdapterBank
-    from fastpeft.serving.plan import Batch
+    from fastpeft.serving.plan import Batch, Plan
 
 
 class Served(nn.Module):
@@ -30,12 +31,29 @@ class Served(nn.Module):
         plan = self._bank._current()
         if plan is None:
             return super().forward(input, *args, **kwargs)
+        if (calls := calls_of(plan, self._number, input)) is not None:
+            return self._call(calls, plan, input, *args, **kwargs)
         base.check_input(input, self._bank.sites[self._number].in_features, None)
         batch = plan.batch(input)
         if torch._C._is_any_autocast_enabled() and base.autocast_enabled(input):
             return self._serve_cast(batch, input, *args, **kwargs)
         y = super().forward(self._rotated(batch, input), *args, **kwargs)
         return self._adapted(batch, input, y)
+
+    def _call(self, calls: Calls, plan: Plan, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """In two calls; what a base of another kind may return is left to the operators."""
+        z = x
+        if calls.rotates:
+            z = torch.empty_like(x)
+            calls.layer.before(x.data_ptr(), z.data_ptr())
+        y = super().forward(z, *args, **kwargs)
+        bias = getattr(self, "bias", None) if calls.rotates else None
+        usual = type(y) is Tensor and y.dtype == x.dtype and y.is_cpu and y.is_contiguous()
+        if not usual or not (bias is None or (bias.dtype == y.dtype and bias.is_contiguous())):
+            return self._adapted(plan.batch(x), x, y)
+        _check_forward_only(y)
+        calls.layer.after(x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr())
+        return y
 
     def _serve_cast(self, batch: Batch, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Autocast is the base's alone: what is beside it chooses its dtypes by hand."""
@@ -54,10 +72,7 @@ class Served(nn.Module):
         return z if z is x else _laid_out_as(z, x)
 
     def _adapted(self, batch: Batch, x: Tensor, y: Tensor) -> Tensor:
-        if y.requires_grad:
-            raise RuntimeError(
-                "a bank serves, it does not train: call the model under torch.no_grad() or torch.inference_mode()"
-            )
+        _check_forward_only(y)
         y = y.contiguous()
         flat = base.as_rows(y)
         inputs = None
@@ -73,6 +88,13 @@ class Served(nn.Module):
                     inputs = base.as_rows(x if x.dtype == y.dtype else x.to(y.dtype))
                 tables.family.add_(flat, inputs, found, rows, slots)
         return y
+
+
+def _check_forward_only(y: Tensor) -> None:
+    if y.requires_grad:
+        raise RuntimeError(
+            "a bank serves, it does not train: call the model under torch.no_grad() or torch.inference_mode()"
+        )
 
 
 def _laid_out_as(z: Tensor, x: Tensor) -> Tensor:

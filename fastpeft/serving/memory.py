@@ -8,7 +8,9 @@ Rows of different kinds just never lie in one place, which the list of free exte
 from __future__ import annotations
 
 import bisect
+import contextlib
 import math
+import mmap
 
 import torch
 from torch import Tensor
@@ -23,7 +25,9 @@ class Buffer:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.device = size, device
-        self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
+        self._bytes = (
+            _large_pages(size) if device.type == "cpu" else torch.empty(size, dtype=torch.uint8, device=device)
+        )
         self._arenas: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
 
     def arena(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -35,6 +39,18 @@ class Buffer:
             arena = self._bytes[: count * width * dtype.itemsize].view(dtype).view(count, *shape)
             self._arenas[shape, dtype] = arena
         return arena
+
+
+def _large_pages(size: int) -> Tensor:
+    """Memory in large pages where the system has them: an adapter's numbers are read once for a batch, all over the
+    buffer, and with small pages a tenth to a fifth of that time goes by in looking addresses up.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # other than Linux
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 class Extents:

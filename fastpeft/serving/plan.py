@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpeft.serving.calls import Calls
 from fastpeft.serving.tables import FamilyTables
 from fastpeft.serving.version import Version
 
@@ -54,6 +55,7 @@ class Plan:
         self._count = len(rows)
         self._batches: dict[tuple[int, ...], Batch] = {}  # by leading shape
         self._tokens: dict[int, tuple[Tensor, Batch]] = {}  # by rows for each entry
+        self.calls: dict[tuple[int, torch.Size, torch.dtype], Calls | None] = {}  # of layers: see calls.py
         self._versions: dict[str, Version] = {}
         self._open = False
         versions = bank._acquire(rows, timeout)
