@@ -38,7 +38,8 @@ def test_shuffles_votes_and_atomics(build, seed):
     down = [across[i + 1] if (i + 1) % 32 else across[i] for i in range(64)]
     assert run(build, "shuffle", seed) == [texts(down[i] + across[i // 32 * 32] for i in range(64))] * 2
     assert run(build, "vote", seed) == [texts([0b01010101 + 256] * 32 + [255 + 256 + 512] * 32)] * 2
-    assert run(build, "atomic", seed) == [texts([2016, 2016, 64, 63] * 16)] * 2
+    assert run(build, "block_vote", seed) == [texts([62] * 63 + [-1])] * 2
+    assert run(build, "atomic", seed) == [texts(([2016, 2016, 64, 63, 63] * 13)[:64])] * 2
 
 
 @pytest.mark.parametrize("seed", range(4))

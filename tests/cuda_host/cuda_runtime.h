@@ -190,6 +190,15 @@ class Block {
     wait(Fiber::kAtWarpBarrier, where);  // read by all before the next value is handed in
     return result;
   }
+  // Whether any thread that has not ended says yes; all of these meet here.
+  bool any(bool yes, std::source_location where) {
+    handed_in_[thread()] = yes;
+    wait(Fiber::kAtBlockBarrier, where);
+    bool result = false;
+    for (size_t i = 0; i < fibers_.size(); ++i) result |= fibers_[i].state != Fiber::kDone && handed_in_[i];
+    wait(Fiber::kAtBlockBarrier, where);  // as above
+    return result;
+  }
   size_t lane() const { return thread() % kWarp; }
   size_t thread() const { return index_of(*running_); }
   unsigned barriers() const { return running_->barriers; }
@@ -325,6 +334,9 @@ T shuffle(unsigned mask, T value, size_t lane, std::source_location where) {
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
   cuda_host::Block::current->wait(cuda_host::Fiber::kAtBlockBarrier, where);
 }
+inline int __syncthreads_or(int yes, std::source_location where = std::source_location::current()) {
+  return cuda_host::Block::current->any(yes != 0, where);
+}
 inline void __syncwarp(std::source_location where = std::source_location::current()) {
   cuda_host::Block::current->wait(cuda_host::Fiber::kAtWarpBarrier, where);
 }
@@ -367,4 +379,9 @@ template <typename T>
   requires std::same_as<T, int> || std::same_as<T, unsigned> || std::same_as<T, float> || std::same_as<T, double>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
   return std::exchange(*address, *address + value);
+}
+template <typename T>
+  requires std::same_as<T, int> || std::same_as<T, unsigned>
+T atomicMax(T* address, std::type_identity_t<T> value) {
+  return std::exchange(*address, std::max(*address, value));
 }

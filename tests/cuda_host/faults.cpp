@@ -82,22 +82,33 @@ void vote_kernel(const float* in, float* out) {
                                     (__all_sync(~0u, yes) ? 512 : 0) + (__any_sync(~0u, i > 99) ? 1024 : 0));
 }
 
-// Sums over the block of i, in four types, and how many came before: the last of them is 63.
+// Whether any thread asks for more than it has, of those that are still there.
+void block_vote_kernel(const float* in, float* out) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i == 63) return;
+  float turns = 0.0f;
+  while (__syncthreads_or(in[i] > turns)) turns += 1.0f;
+  out[place()] = turns;
+}
+
+// Sums over the block of i, in four types, how many came before, the last of them 63, and the highest of i ^ 5.
 void atomic_kernel(const float* in, float* out) {
   __shared__ float sum;
   __shared__ double wide_sum;
-  __shared__ int count;
+  __shared__ int count, highest;
   __shared__ unsigned last;
   const unsigned i = threadIdx.x;
-  if (i == 0) sum = 0.0f, wide_sum = 0.0, count = 0, last = 0;
+  if (i == 0) sum = 0.0f, wide_sum = 0.0, count = 0, highest = -1, last = 0;
   __syncthreads();
   atomicAdd(&sum, in[i]);
   atomicAdd(&wide_sum, in[i]);
   const int before = atomicAdd(&count, 1);
   if (before == kThreads - 1) atomicAdd(&last, static_cast<unsigned>(before));
+  atomicMax(&highest, static_cast<int>(i ^ 5));
   __syncthreads();
-  const float results[] = {sum, static_cast<float>(wide_sum), static_cast<float>(count), static_cast<float>(last)};
-  out[place()] = results[i % 4];
+  const float results[] = {sum, static_cast<float>(wide_sum), static_cast<float>(count), static_cast<float>(last),
+                           static_cast<float>(highest)};
+  out[place()] = results[i % 5];
 }
 
 void absent_voter_kernel(const float* in, float* out) {
@@ -124,6 +135,7 @@ int main(int argc, char** argv) {
       {"early_exit", early_exit_kernel},
       {"shuffle", shuffle_kernel},
       {"vote", vote_kernel},
+      {"block_vote", block_vote_kernel},
       {"atomic", atomic_kernel},
       {"absent_lane", absent_lane_kernel},
       {"absent_voter", absent_voter_kernel},

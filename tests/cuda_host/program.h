@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <sys/mman.h>
 
 #include <fstream>
 #include <iostream>
@@ -48,6 +49,51 @@ inline Buffer read_buffer(const std::string& path, size_t bytes, size_t offset =
   std::memcpy(buffer.as(), read_file(path, bytes).data(), bytes);
   return buffer;
 }
+
+// A matrix whose rows of `row_bytes` begin `stride` bytes apart, with ones in between. Rows that are far apart are in
+// memory that is only touched where there are rows.
+class Matrix {
+ public:
+  Matrix(const std::string& rows, size_t row_bytes, size_t stride, size_t offset)
+      : rows_(rows.size() / row_bytes),
+        row_bytes_(row_bytes),
+        stride_(stride),
+        bytes_((rows_ - 1) * stride + row_bytes),
+        near_(far() ? 0 : bytes_, offset),
+        data_(near_.as()) {
+    if (far()) {
+      void* map = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (map == MAP_FAILED) fail("no memory for rows so far apart");
+      data_ = static_cast<char*>(map);
+    }
+    for (size_t row = 0; row < rows_; ++row) {
+      std::memcpy(data_ + row * stride, rows.data() + row * row_bytes, row_bytes);
+    }
+  }
+  ~Matrix() {
+    if (far()) munmap(data_, bytes_);
+  }
+  Matrix(const Matrix&) = delete;
+  char* data() const { return data_; }
+
+  // The rows one after the other, after a look at what lies between them.
+  std::string rows() const {
+    std::string bits;
+    for (size_t row = 0; row < rows_; ++row) {
+      const char* const begin = data_ + row * stride_;
+      bits.append(begin, row_bytes_);
+      const size_t gap = row + 1 < rows_ && !far() && stride_ > row_bytes_ ? stride_ - row_bytes_ : 0;
+      if (std::string(begin + row_bytes_, gap) != std::string(gap, '\xff')) fail("wrote between rows");
+    }
+    return bits;
+  }
+
+ private:
+  bool far() const { return bytes_ > size_t{1} << 30; }
+  size_t rows_, row_bytes_, stride_, bytes_;
+  Buffer near_;
+  char* data_;
+};
 
 inline void write_file(const std::string& path, const std::string& bits) {
   if (!std::ofstream(path, std::ios::binary).write(bits.data(), static_cast<std::streamsize>(bits.size()))) {
