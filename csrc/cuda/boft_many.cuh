@@ -17,7 +17,7 @@
 #pragma once
 
 #include "cuda/boft_factor.cuh"
-#include "cuda/many.cuh"
+#include "cuda/prefetch.cuh"
 
 namespace fastpeft::many {
 

@@ -27,7 +27,7 @@
 #include <type_traits>
 
 #include "cuda/element.cuh"
-#include "cuda/fourierft_passes.cuh"
+#include "cuda/fourierft_signal.cuh"
 
 namespace fastpeft::fourier {
 
@@ -103,6 +103,7 @@ struct Result {
   struct Raw {
     T one, other;
   };
+  static constexpr int kReadAtOnce = 8 / sizeof(T);
   __device__ __forceinline__ Raw read(int i) const {
     Raw raw;
     raw.one = raw.other = round_to<T>(0.0f);
@@ -120,63 +121,6 @@ struct Result {
     if (pair) y[y_stride + i] = round_to<T>(value.y);
   }
 };
-
-// A signal into a buffer, with the first pass where ends_in_registers.
-template <typename T, typename Buffer>
-__device__ __forceinline__ void load_signal(const Signal<T>& signal, const Transform& transform, const Buffer& buffer) {
-  if (ends_in_registers(transform)) {
-    const int parts = transform.pass[0].parts;
-    const float2* twiddles = transform.table + transform.pass[0].twiddles;
-#pragma unroll 1
-    for (int j = threadIdx.x; j < parts; j += blockDim.x) {
-      float2 a[16];
-#pragma unroll
-      for (int q = 0; q < 16; ++q) a[q] = signal[j + q * parts];
-      twiddled_butterfly<16, true>(a, twiddles + j, parts);
-#pragma unroll
-      for (int s = 0; s < 16; ++s) buffer[j + s * parts] = a[slot_of<16>(s)];
-    }
-    return;
-  }
-  const float2* chirp = transform.table + transform.chirp;
-  for (int i = threadIdx.x; i < transform.size; i += blockDim.x) {
-    float2 value = make_float2(0.0f, 0.0f);
-    if (i < transform.length) value = signal[i];
-    if (transform.chirp && i < transform.length) value = times(value, __ldg(chirp + i));
-    buffer[i] = value;
-  }
-}
-
-// The last pass where ends_in_registers, and the sum with what is there.
-template <typename T, typename Buffer>
-__device__ __forceinline__ void store_result(const Result<T>& result, const Transform& transform,
-                                             const Buffer& buffer) {
-  if (ends_in_registers(transform)) {
-    const int parts = transform.pass[0].parts;
-    const float2* twiddles = transform.table + transform.pass[0].twiddles;
-#pragma unroll 1
-    for (int j = threadIdx.x; j < parts; j += blockDim.x) {
-      float2 a[16];
-#pragma unroll
-      for (int s = 0; s < 16; ++s) a[slot_of<16>(s)] = buffer[j + s * parts];
-      twiddled_butterfly<16, false>(a, twiddles + j, parts);
-      // Reads of what is there do not pass writes, which may be to the same place: some at once, as registers allow.
-      constexpr int kReadAtOnce = 8 / sizeof(T);
-#pragma unroll
-      for (int first = 0; first < 16; first += kReadAtOnce) {
-        typename Result<T>::Raw base[kReadAtOnce];
-#pragma unroll
-        for (int i = 0; i < kReadAtOnce; ++i) base[i] = result.read(j + (first + i) * parts);
-#pragma unroll
-        for (int i = 0; i < kReadAtOnce; ++i) result.add(j + (first + i) * parts, base[i], a[first + i]);
-      }
-    }
-    return;
-  }
-  for (int i = threadIdx.x; i < transform.length; i += blockDim.x) {
-    result.add(i, result.read(i), buffer[i]);
-  }
-}
 
 // Bin v of the transform of e_row + i e_(row + 1), from a table; of the last row's alone.
 template <typename Signals>

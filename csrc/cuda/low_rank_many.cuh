@@ -16,7 +16,7 @@
 #include <type_traits>
 
 #include "cuda/element.cuh"
-#include "cuda/many.cuh"
+#include "cuda/prefetch.cuh"
 
 namespace fastpeft::many {
 

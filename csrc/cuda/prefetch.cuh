@@ -1,9 +1,8 @@
-// What the kernels for batches of many adapters share.
 #pragma once
 
 #include <cuda_runtime.h>
 
-namespace fastpeft::many {
+namespace fastpeft {
 
 // Asks for the line of an address without waiting for it.
 __device__ __forceinline__ void prefetch(const void* address) {
@@ -14,4 +13,4 @@ __device__ __forceinline__ void prefetch(const void* address) {
 #endif
 }
 
-}  // namespace fastpeft::many
+}  // namespace fastpeft
