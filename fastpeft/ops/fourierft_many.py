@@ -1,7 +1,8 @@
 """FourierFT for a batch whose rows have different adapters. Formula and source: fastpeft/reference/fourierft.py.
 
 With X = fft(x[t]) and S[u_k] += c_k · conj(X[v_k]), the delta of row t is (α / in) · Re ifft(S). All rows share the
-transforms; coefficients are the row's own, and so may be the places. What a plan is, and what numbers in tables may be:
+transforms; coefficients are the row's own, and so may be the places. Compiled kernels compute a row's delta in one go
+(csrc/cpu/fourierft_many.cpp, csrc/cuda/fourierft_many.cuh). What a plan is, and what numbers in tables may be:
 ops/many.py. Forward only.
 """
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastpeft import reference
-from fastpeft.backend import Operator
+from fastpeft.backend import Operator, where_it_fits
 from fastpeft.ops import many
 
 FOURIER_MANY = Operator(
@@ -55,6 +56,8 @@ def fourier_many_(
     """
     x = many.beside(x)
     backend = many.choose(FOURIER_MANY, x, arena_spectrum, y=y, arena_spectrum=arena_spectrum)
+    # As in plan_fourier_many of csrc/cuda/fourierft_many.cuh, which needs little shared memory for any length.
+    backend = where_it_fits(backend, x, lambda _: max(x.shape[-1], y.shape[-1]) <= 1 << 27)
     if backend == "native":
         FOURIER_MANY.call("native", y, x, arena_spectrum, row_spectrum, places, place, scaling, rows, slots)
         return
