@@ -56,21 +56,27 @@ GRIDS: dict[str, dict[str, Sequence[Any]]] = {
 # ---------------------------------------------------------------------- one pair
 
 
-def in_turn(
-    base: Callable[[], float], adapted: Callable[[], float], patience: float = PATIENCE
-) -> tuple[float, float, int]:
-    """Median seconds of two calls that take turns, and of how many rounds. Each returns the seconds it took."""
-    times: list[tuple[float, float]] = []
+def take_turns(calls: Sequence[Callable[[], float]], patience: float = PATIENCE) -> tuple[list[float], int]:
+    """Median seconds of calls that take turns, and of how many rounds. Each returns the seconds it took."""
+    times: list[list[float]] = []
     rounds, start = ROUNDS, time.perf_counter()
     while len(times) < WARM_UP + rounds:
-        times.append((base(), adapted()))
+        times.append([call() for call in calls])
         if len(times) == WARM_UP:
-            rounds = min(max(ROUNDS, int(PAIR_SECONDS / sum(times[-1]))), MOST_ROUNDS)
+            enough = PAIR_SECONDS * len(calls) / 2
+            rounds = min(max(ROUNDS, int(enough / sum(times[-1]))), MOST_ROUNDS)
         if len(times) >= 3 and time.perf_counter() - start > patience:
             break
     timed = times[min(WARM_UP, len(times) - 3) :]  # the slowest have run once before, when they were checked
-    base_times, adapted_times = zip(*timed, strict=True)
-    return statistics.median(base_times), statistics.median(adapted_times), len(timed)
+    return [statistics.median(of_one) for of_one in zip(*timed, strict=True)], len(timed)
+
+
+def in_turn(
+    base: Callable[[], float], adapted: Callable[[], float], patience: float = PATIENCE
+) -> tuple[float, float, int]:
+    """The same for a pair."""
+    (base_seconds, adapted_seconds), rounds = take_turns([base, adapted], patience)
+    return base_seconds, adapted_seconds, rounds
 
 
 def forward(layer: nn.Module, x: Tensor) -> Callable[[], float]:
