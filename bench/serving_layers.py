@@ -372,9 +372,10 @@ def crowd_of(sources: Adapters, few: Sequence[Adapter], count: int, resident: in
     """Adapter number j of the bank is one of those few again, which it does not know."""
     model = sources.holder()
     bank = AdapterBank(model, max_resident=resident, max_resident_bytes=BANK_BYTES)
+    folders = [sources.folder(adapter) for adapter in few]
     start = time.perf_counter()
     for j in range(count):
-        bank.register(f"a{j}", sources.folder(few[j % len(few)]))
+        bank.register(f"a{j}", folders[j % len(few)])
     seconds = (time.perf_counter() - start) / count
     for j in range(resident):
         bank.prefetch(f"a{j}").result()
@@ -384,13 +385,14 @@ def crowd_of(sources: Adapters, few: Sequence[Adapter], count: int, resident: in
 
 
 def time_crowds(rows: Sequence[Registered], crowds: Sequence[Crowd], base: nn.Linear, x: Tensor) -> None:
-    calls = [forward(base, x)]
-    for crowd in crowds:
+    calls = []
+    for crowd in crowds:  # each behind a base of its own: what runs after another bank's batch finds warmer caches
         served = forward(crowd.model.layer, x)
-        calls += [served, routed(crowd.bank, crowd.names, served)]
+        calls += [forward(base, x), served, routed(crowd.bank, crowd.names, served)]
     with ExitStack() as plans:
         for crowd in crowds:
             plans.enter_context(crowd.bank.route(crowd.names))
-        (base_seconds, *seconds), rounds = take_turns(calls, PATIENCE)
-    for row, layer, route in zip(rows, seconds[::2], seconds[1::2], strict=True):
-        row.base, row.layer, row.route, row.rounds = base_seconds, layer, route, rounds
+        seconds, rounds = take_turns(calls, PATIENCE)
+    for i, row in enumerate(rows):
+        row.base, row.layer, row.route = seconds[3 * i : 3 * i + 3]
+        row.rounds = rounds
