@@ -50,7 +50,7 @@ bench: $(READY)  ## what layers and operators cost: minutes of an idle machine; 
 
 # Tests of the CPU lane, of files and of programs would say nothing new there, nor would compiling for absent chips.
 NOT_ON_GPU := bench_accelerated bench_serving cuda_% native cpu_loops packaging finetune bench cli limits bad_files \
-	distributed docs serve serve_http
+	distributed docs serve serve_http serve_ray serve_shared
 GPU_TESTS = $(filter-out $(NOT_ON_GPU:%=tests/test_%.py),$(wildcard tests/test_*.py))
 # CUDA C++ kernels by themselves, without what has run on a CPU: plainly, and small ones under compute-sanitizer, where
 # no allocation is part of a larger one and racecheck, for which the dtype says little, has but float32.

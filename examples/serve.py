@@ -51,25 +51,39 @@ def load(folder: Path | None) -> tuple[nn.Module, Any, str]:
 
 
 def make_service(options: argparse.Namespace, uploads: Path) -> Service:
-    model, tokenizer, name = load(options.model)
-    adapters = dict(options.adapter)
-    if options.model is None:
-        adapters |= trained(model, tokenizer, options.out / "styles", options.steps)
+    base = load(options.model)
+    folders = adapters(options, base)  # before a bank takes the model over
+    service = put_together(options, base, Catalog, uploads)
+    for name, folder in folders.items():
+        service.catalog.add(name, folder)
+    return service
+
+
+def adapters(options: argparse.Namespace, base: tuple[nn.Module, Any, str]) -> dict[str, Path]:
+    """Those that were asked for, and the default model's own."""
+    model, tokenizer, _ = base
+    own = {} if options.model is not None else trained(model, tokenizer, options.out / "styles", options.steps)
+    return dict(options.adapter) | own
+
+
+def put_together(
+    options: argparse.Namespace, base: tuple[nn.Module, Any, str], kind: type[Catalog], folder: Path
+) -> Service:
+    """A service whose catalog is of a kind, and keeps what clients bring in a folder."""
+    model, tokenizer, name = base
     bank = AdapterBank(
         model, max_resident=options.max_resident, max_resident_bytes=options.max_bytes, max_rank=options.max_rank,
         timeout=0.0,
     )  # fmt: skip
-    catalog = Catalog(bank, name, uploads, max_adapters=options.max_adapters)
-    for each, folder in adapters.items():
-        catalog.add(each, folder)
+    catalog = kind(bank, name, folder, max_adapters=options.max_adapters)
     engine = Engine(
         model, bank, max_rows=options.rows, max_length=options.length, max_waiting=options.waiting,
     )  # fmt: skip
-    return Service(engine, catalog, tokenizer, os.environ.get(TOKEN) or None, Limits(shutdown_seconds=options.shutdown))
+    return Service(engine, catalog, tokenizer, options.token, Limits(shutdown_seconds=options.shutdown))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Serve a model with many adapters.")
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="(%(default)s)")
     add("--port", type=int, default=8000, help="(%(default)s)")
@@ -85,7 +99,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--max-bytes", type=int, default=1 << 30, help="of fast memory for adapters (%(default)s)")
     add("--max-rank", type=int, default=64, help="(%(default)s)")
     add("--shutdown", type=float, default=20.0, help="seconds for running requests to finish (%(default)s)")
+    return parser
+
+
+def parse(arguments: Sequence[str] | None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    parser = parser or make_parser("Serve a model with many adapters.")
     options = parser.parse_args(arguments)
+    options.token = os.environ.get(TOKEN) or None
     if options.max_resident < options.rows:
         parser.error(f"--max-resident must be at least --rows, {options.rows}, got {options.max_resident}")
     return options

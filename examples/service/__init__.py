@@ -6,5 +6,6 @@
 - ``protocol.py``: OpenAI's requests and answers. ``generation.py``: from one to the other through the engine.
   ``text.py``: tokens to text, piece by piece.
 - ``api.py``: HTTP. ``metrics.py``: Prometheus' text format.
+- ``shared.py`` and ``asgi.py``: what ``examples/serve_ray.py`` needs for several replicas of all this.
 - ``styles.py``: the adapters of the example, and how they are trained.
 """

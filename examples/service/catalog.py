@@ -105,7 +105,7 @@ class Catalog:
         Raises:
             As ``AdapterBank.load``, and as ``add``. Messages speak of the client's name and files, not of the bank's.
         """
-        entry = self._new(name, self._uploads / str(next(self._numbers)))
+        entry = self._new(name, self._place())
         folder, inner = entry.folder, self._inner(entry)
         assert folder is not None
         folder.mkdir(parents=True)
@@ -149,6 +149,10 @@ class Catalog:
         self._check_count(name)
         return Entry(name, f"{name}@{next(self._numbers)}", folder)
 
+    def _place(self) -> Path:
+        """For an upload, and for no other one."""
+        return self._uploads / str(next(self._numbers))
+
     def _check_count(self, name: str) -> None:
         if name not in self._entries and len(self._entries) > self.max_adapters:
             raise CatalogFullError(f"there are {self.max_adapters} adapters already: remove one first")
@@ -179,4 +183,7 @@ class Catalog:
         with contextlib.suppress(TimeoutError):  # a batch that ends just now: its memory is free when it has
             self.bank.unload(self._inner(entry), timeout=0)
         if entry.folder is not None:
-            shutil.rmtree(entry.folder, ignore_errors=True)
+            self._delete(entry.folder)
+
+    def _delete(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)

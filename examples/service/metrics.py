@@ -65,3 +65,18 @@ class Metrics:
         for name, histogram in (("first_token", self.first_token), ("next_token", self.next_token)):
             add("histogram", f"{name}_seconds", histogram.lines(f"fastpeft_{name}_seconds"))
         return "\n".join(lines) + "\n"
+
+
+def together(pages: Mapping[str, str]) -> str:
+    """One page of those of several replicas, whose names become a label."""
+    kinds: dict[str, list[str]] = {}
+    for replica, page in pages.items():
+        for line in page.splitlines():
+            if line.startswith("#"):
+                samples = kinds.setdefault(line, [])
+            else:
+                sample, value = line.rsplit(" ", 1)
+                name, _, labels = sample.rstrip("}").partition("{")
+                label = f'replica="{replica}"'
+                samples.append(f"{name}{{{f'{label},{labels}' if labels else label}}} {value}")
+    return "".join(f"{line}\n" for kind, samples in kinds.items() for line in (kind, *samples))
