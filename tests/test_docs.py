@@ -34,6 +34,14 @@ def test_a_page(page: str, tmp_path: Path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("page", ["several-gpus", "ray-serve"])
+def test_what_a_page_quotes(page: str):
+    """Parts of an example, as they stand there."""
+    text = "".join(path.read_text("utf-8") for path in sorted((ROOT / "examples").rglob("*.py")))
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / f"{page}.md").read_text("utf-8"), re.M | re.S)
+    assert blocks and all(block in text for block in blocks)
+
+
 def test_every_page_is_linked():
     readme = (ROOT / "README.md").read_text("utf-8")
     for page in (ROOT / "docs").glob("*.md"):
