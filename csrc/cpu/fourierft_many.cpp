@@ -61,7 +61,7 @@ class FourierWork : public Work {
 
   void run(int64_t task) const override {
     const int64_t lanes = loops().lanes, first = task * lanes, n = tables_.spectrum.width;
-    Scratch scratch(loops().scratch_floats(*source_, *target_, n));
+    Scratch scratch(loops().scratch_floats(*source_, *target_));
     FourierTile tile{};
     tile.count = std::min(lanes, int64_t(tokens_.size()) - first);
     tile.n = n;

@@ -26,7 +26,7 @@ struct FourierManyLoops {
   int64_t lanes;
 
   // Floats of scratch, 64-byte aligned.
-  int64_t (*scratch_floats)(const FftPlan& source, const FftPlan& target, int64_t n);
+  int64_t (*scratch_floats)(const FftPlan& source, const FftPlan& target);
 
   // y += scale * Re F1 (S F2 x), S[rows[k], cols[k]] = spectrum[k], for every token of the tile.
   void (*fwd)(const FftPlan& source, const FftPlan& target, Scalar scalar, const FourierTile& tile, float* scratch);

@@ -69,8 +69,8 @@ class LayerCalls {
             const Array<int32_t>& row_blocks, const Array<float>& arena_scale, const Array<int32_t>& row_scale,
             int64_t factors, int64_t block_size) {
     const Plan plan = plan_of(rows, slots);
-    const bool several = block_size % 2 == 0 && factors < 32 && in_ % (block_size << (factors - 1)) == 0;
-    if (factors < 1 || block_size < 1 || in_ % block_size || (factors > 1 && !several)) {
+    if (factors < 1 || factors > 31 || block_size < 1 || block_size > in_ || in_ % block_size ||
+        (factors > 1 && (block_size % 2 || in_ % (block_size << (factors - 1))))) {
       throw py::value_error("factors and block_size must fit the features");
     }
     check(row_blocks, "row_blocks", {-1});

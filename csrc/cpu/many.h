@@ -97,7 +97,7 @@ using Works = std::vector<std::unique_ptr<Work>>;
 // All tasks, by as many threads as they are worth. Whoever is free takes the next one: what a row gets does not depend
 // on who computes it.
 inline void run_all(const Works& works) {
-  constexpr int64_t kThreadSize = 1 << 16;
+  constexpr int64_t kThreadSize = 1 << 14;
   int64_t tasks = 0, size = 0;
   for (const auto& work : works) {
     tasks += work->tasks;

@@ -15,13 +15,18 @@
 namespace fastpeft::FASTPEFT_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
+// A loops file may ask for narrower vectors than the instruction set has.
+#if !defined(FASTPEFT_MOST_LANES)
+#define FASTPEFT_MOST_LANES 16
 #endif
+#if defined(__AVX512F__) && FASTPEFT_MOST_LANES >= 16
+#define FASTPEFT_LANES 16
+#elif defined(__AVX2__)
+#define FASTPEFT_LANES 8
+#else
+#define FASTPEFT_LANES 4
+#endif
+constexpr int kLanes = FASTPEFT_LANES;
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 
@@ -39,7 +44,7 @@ inline Vector widen(Bits half, Float16) {
 }
 
 inline Halves narrow(Vector value, BFloat16) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && FASTPEFT_LANES == 16
   // One instruction for seven. It takes subnormals, below 2^-126, for zero.
   return reinterpret_cast<Halves>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(value)));
 #else
@@ -105,7 +110,7 @@ inline void show_last(const float* data, int64_t count) {
 }
 
 // Lane by lane they cost thirty times a whole vector, and a low rank is seldom a whole vector.
-#if defined(__AVX512F__)
+#if FASTPEFT_LANES == 16
 inline Vector load_some(const float* from, int64_t count) {
   show_last(from, count);
   return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
@@ -114,7 +119,7 @@ inline void store_some(float* to, Vector value, int64_t count) {
   show_last(to, count);
   _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), value);
 }
-#elif defined(__AVX2__)
+#elif FASTPEFT_LANES == 8
 inline __m256i first_lanes(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }

@@ -24,8 +24,9 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 class Calls(NamedTuple):
     """A layer's calls for inputs of one shape and dtype."""
 
-    layer: Any  # _C.LayerCalls
+    layer: Any  # _C.LayerCalls; None where no adapter touches the layer
     rotates: bool
+    numbers: int  # of the layer's output
 
 
 def calls_of(plan: Plan, number: int, x: Any) -> Calls | None:
@@ -61,9 +62,9 @@ def _make(plan: Plan, number: int, x: Tensor) -> Calls | None:
         return None
     base.check_input(x, site.in_features, None)
     batch = plan.batch(x)
-    layer = backend.extension.LayerCalls(
-        DTYPES[x.dtype], x.numel() // site.in_features, site.in_features, site.out_features
-    )
+    tokens = x.numel() // site.in_features
+    layer = backend.extension.LayerCalls(DTYPES[x.dtype], tokens, site.in_features, site.out_features)
+    touches = False
     for tables, touched, rows, slots in (*batch.rotations, *batch.deltas):
         found = tables.layers[number]
         if found is not None and touched >> number & 1:
@@ -71,4 +72,5 @@ def _make(plan: Plan, number: int, x: Tensor) -> Calls | None:
                 return None
             arrays = {name: table.numpy() for name, table in found.items()}
             tables.family.enlist(layer, arrays, rows.numpy(), slots.numpy())
-    return Calls(layer, layer.rotates)
+            touches = True
+    return Calls(layer if touches else None, layer.rotates, tokens * site.out_features)

@@ -42,13 +42,17 @@ class Served(nn.Module):
 
     def _call(self, calls: Calls, plan: Plan, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """In two calls; what a base of another kind may return is left to the operators."""
+        if calls.layer is None:
+            return super().forward(x, *args, **kwargs)
         z = x
         if calls.rotates:
             z = torch.empty_like(x)
             calls.layer.before(x.data_ptr(), z.data_ptr())
         y = super().forward(z, *args, **kwargs)
         bias = getattr(self, "bias", None) if calls.rotates else None
-        usual = type(y) is Tensor and y.dtype == x.dtype and y.is_cpu and y.is_contiguous()
+        usual = (
+            type(y) is Tensor and y.dtype == x.dtype and y.numel() == calls.numbers and y.is_contiguous() and y.is_cpu
+        )
         if not usual or not (bias is None or (bias.dtype == y.dtype and bias.is_contiguous())):
             return self._adapted(plan.batch(x), x, y)
         _check_forward_only(y)

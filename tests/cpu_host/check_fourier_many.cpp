@@ -39,8 +39,7 @@ void check_case(int64_t in, int64_t out, int64_t n, int64_t kinds, Scalar scalar
     tile.places[t] = copies[t % kinds].get();
     tile.scale[t] = 0.5f + float(t);
   }
-  const Buffer scratch =
-      Buffer::scratch("fourier_many.scratch", loops.fourier_many.scratch_floats(*source, *target, n));
+  const Buffer scratch = Buffer::scratch("fourier_many.scratch", loops.fourier_many.scratch_floats(*source, *target));
   loops.fourier_many.fwd(*source, *target, scalar, tile, scratch.floats());
 
   std::vector<std::vector<Terms>> delta(tokens, std::vector<Terms>(out));

@@ -1,0 +1,223 @@
+"""Layers that serve in two C++ calls give the bits of the operators, and give way to them where somebody looks on."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import IN, randn
+from serving_models import OPTIONS, make_bank, save_all
+from small_models import Model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpeft import backend
+from fastpeft.serving import AdapterBank, calls, layer
+
+if backend.extension is None:
+    pytest.skip("the extension is not built", allow_module_level=True)
+
+LayerCalls = backend.extension.LayerCalls
+MIXED: list[str | None] = [None, *OPTIONS, None, *reversed(OPTIONS), "boft"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    return save_all(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def bank(folders: dict[str, Path]) -> AdapterBank:
+    return make_bank(Model().requires_grad_(False), folders)
+
+
+def served(bank: AdapterBank, x, rows=MIXED):
+    with torch.no_grad(), bank.route(rows):
+        return bank._model(x)
+
+
+def by_operators(monkeypatch, bank: AdapterBank, x, rows=MIXED):
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "calls_of", lambda *_: None)
+        return served(bank, x, rows)
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[object]:
+    """Layers that were called in C++."""
+    found: list[object] = []
+    call = layer.Served._call
+    monkeypatch.setattr(layer.Served, "_call", lambda self, *args: found.append(self) or call(self, *args))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [(), (1,), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_bits_of_the_operators(monkeypatch, folders, seen, dtype, tokens, threads):
+    model = Model().to(dtype).requires_grad_(False)
+    bank = make_bank(model, folders)
+    x = randn(len(MIXED), *tokens, IN, dtype=dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = served(bank, x)
+        assert len(seen) == len(bank.sites)
+        assert torch.equal(found, by_operators(monkeypatch, bank, x)) and len(seen) == len(bank.sites)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_without_an_adapter_call_the_base_alone(bank, seen):
+    x = randn(3, IN)
+    with torch.no_grad():
+        expected = copy.deepcopy(bank._model)(x)
+    assert torch.equal(served(bank, x, [None] * 3), expected) and len(seen) == len(bank.sites)
+
+
+def test_a_plan_that_is_refilled(monkeypatch, bank, seen):
+    x = randn(3, IN)
+    plan = bank.plan(["lora", "boft", None])
+    with torch.no_grad(), plan:
+        for rows in (["fourierft", None, "mos"], [None] * 3, ["boft", "boft", "lora"]):
+            plan.refill(rows)
+            assert torch.equal(bank._model(x), by_operators(monkeypatch, bank, x, rows))
+    plan.close()
+    assert seen
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_operators_are_called_where_somebody_looks_on(monkeypatch, bank, seen):
+    x = randn(len(MIXED), IN)
+    expected = by_operators(monkeypatch, bank, x)
+    with backend.use_backend("torch"):
+        served(bank, x)
+    with Watching():
+        assert torch.equal(served(bank, x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        served(bank, x)
+    assert torch.equal(served(bank, x.as_subclass(type("Own", (torch.Tensor,), {}))), expected)
+    assert not seen
+    assert torch.equal(served(bank, x), expected) and len(seen) == len(bank.sites)
+    seen.clear()
+    served(bank, x.T.contiguous().T)
+    assert len(seen) < len(bank.sites)
+
+
+def test_what_a_base_of_another_kind_returns(monkeypatch, folders, seen):
+    """Is no memory for the calls to write to unless it is as a linear layer's."""
+
+    class Wide(nn.Linear):
+        def forward(self, input):
+            return super().forward(input).double()
+
+    model = nn.ModuleDict({"up": Wide(IN, IN), "q": nn.Linear(IN, IN)}).requires_grad_(False)
+    bank = make_bank(model)
+    for name in ("boft", "lora"):
+        config = copy.deepcopy(OPTIONS[name])
+        config.target_modules = "all-linear"
+        bank.load(name, save_all(folders["lora"].parent / "wide" / name, {name: config}, lambda: copy_of(IN))[name])
+    x = randn(2, IN)
+    with torch.no_grad(), bank.route(["boft", "lora"]):
+        found = model["up"](x)
+    with monkeypatch.context() as patch, torch.no_grad(), bank.route(["boft", "lora"]):
+        patch.setattr(layer, "calls_of", lambda *_: None)
+        assert torch.equal(model["up"](x), found)
+    assert seen and found.dtype == torch.float64
+
+
+def copy_of(features: int) -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(features, features) for name in ("up", "q")})
+
+
+def test_numbers_that_lead_outside(folders):
+    """Tables are looked at in every call: what a corrupted one names is not read."""
+    model = Model().requires_grad_(False)
+    bank = make_bank(model, folders)
+    x = randn(len(MIXED), IN)
+    for tables in bank._residency.families():
+        for name in ("index_A", "index_B", "rank", "row_blocks", "row_scale", "row_spectrum", "place"):
+            if name in tables._tables:
+                kept = tables._tables[name].clone()
+                for number in (1 << 30, -(1 << 30)):
+                    tables._tables[name].fill_(number)
+                    with pytest.raises(RuntimeError, match=name):
+                        served(bank, x)
+                tables._tables[name].copy_(kept)
+    places = bank._residency.families()
+    assert any("place" in tables._tables for tables in places)
+    served(bank, x)
+
+
+def test_rows_that_two_families_name():
+    calls_ = LayerCalls("float32", 2, 4, 4)
+    rows, slots = np.array([0, 1], np.int32), np.zeros(2, np.int32)
+    low_rank = [np.zeros((1, 4), np.float32), np.zeros((1, 1, 1), np.int32)] * 2
+    for _ in range(2):
+        calls_.low_rank(rows, slots, *low_rank, np.ones(1, np.int32), np.ones(1, np.float32))
+    x = torch.zeros(2, 4)
+    with pytest.raises(RuntimeError, match="at most once"):
+        calls_.after(x.data_ptr(), x.clone().data_ptr(), 0)
+
+
+@pytest.mark.parametrize(
+    "name, value, error",
+    [
+        ("rows", np.zeros(3, np.int32), ValueError),
+        ("slots", np.zeros(2, np.int64), TypeError),
+        ("arena_A", np.zeros((1, 3), np.float32), ValueError),
+        ("arena_A", np.zeros((1, 4), np.float64), TypeError),
+        ("arena_B", np.zeros((4, 1), np.float32).T[:, ::2], TypeError),
+        ("index_A", np.zeros((1, 1), np.int32), ValueError),
+        ("index_A", np.zeros((1, 1, 3), np.int32), ValueError),
+        ("index_B", np.zeros((2, 1, 1), np.int32), ValueError),
+        ("rank", np.zeros(2, np.int32), ValueError),
+        ("scaling", np.zeros((1, 1), np.float32), ValueError),
+    ],
+)
+def test_tables_that_do_not_fit(name, value, error):
+    tables = {
+        "rows": np.zeros(2, np.int32), "slots": np.zeros(2, np.int32),
+        "arena_A": np.zeros((1, 4), np.float32), "index_A": np.zeros((1, 1, 1), np.int32),
+        "arena_B": np.zeros((1, 4), np.float32), "index_B": np.zeros((1, 1, 1), np.int32),
+        "rank": np.ones(1, np.int32), "scaling": np.ones(1, np.float32),
+    }  # fmt: skip
+    LayerCalls("float32", 2, 4, 4).low_rank(**tables)
+    with pytest.raises(error):
+        LayerCalls("float32", 2, 4, 4).low_rank(**{**tables, name: value})
+
+
+def test_sizes_that_do_not_fit():
+    for sizes in ((0, 4, 4), (2, 0, 4), (2, 4, -1)):
+        with pytest.raises(ValueError, match="at least 1"):
+            LayerCalls("float32", *sizes)
+    with pytest.raises(ValueError, match="float64"):
+        LayerCalls("float64", 2, 4, 4)
+    rows = np.zeros(2, np.int32)
+    table, blocks = np.zeros(1, np.int32), np.zeros((1, 64), np.float32)
+    for factors, block_size in ((0, 2), (1, 3), (3, 4), (40, 2)):
+        with pytest.raises(ValueError, match="factors and block_size"):
+            LayerCalls("float32", 2, 8, 8).boft(rows, rows, blocks, table, blocks, table, factors, block_size)
+
+
+def test_memory_is_in_large_pages_or_plain():
+    """Whatever the system has, a buffer is memory that can be written and read, lies where pages begin, and is zero."""
+    from fastpeft.serving import memory
+
+    buffer = memory._large_pages(3 << 20)
+    assert buffer.dtype == torch.uint8 and buffer.numel() == 3 << 20 and buffer.data_ptr() % 4096 == 0
+    buffer.fill_(7)
+    assert bool((buffer == 7).all())
+
+
+def test_names_of_dtypes():
+    for dtype, name in calls.DTYPES.items():
+        assert f"torch.{name}" == str(dtype)
+        LayerCalls(name, 1, 1, 1)
