@@ -31,7 +31,7 @@ from typing import Any
 import tables
 import torch
 from layers import METHODS
-from serving_layers import KINDS, MIX, REGISTERED_ADAPTERS, Adapters, Cell, Registered, measure, measure_registered
+from serving_layers import KINDS, MIXES, REGISTERED_ADAPTERS, Adapters, Cell, Registered, measure, measure_registered
 from tax import ONE_EACH, find_peft, parse_count, parse_methods, parse_size
 from torch import nn
 
@@ -226,7 +226,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     grid.add_argument("--quick", dest="grid", action="store_const", const="quick", help="one size, few cells")
     grid.add_argument("--full", dest="grid", action="store_const", const="full",
                       help=f"batches of more than {MOST_ROWS} rows of x and all clients as well")  # fmt: skip
-    parser.add_argument("--methods", nargs="+", type=parse_kinds, help=f"{MIX}, {', '.join(METHODS)}")
+    parser.add_argument("--methods", nargs="+", type=parse_kinds, help=", ".join([*MIXES, *METHODS]))
     parser.add_argument("--sizes", nargs="+", type=parse_size, metavar="INxOUT")
     parser.add_argument("--tokens", nargs="+", type=parse_count, metavar="T", help="rows of x for each row")
     parser.add_argument("--rows", nargs="+", type=parse_count, help="sequences of a batch")
@@ -243,7 +243,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.parts = list(dict.fromkeys(arguments.parts)) or list(PARTS)
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"parts are {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-    given = [name for family in arguments.methods or [[*KINDS, MIX]] for name in family]
+    given = [name for family in arguments.methods or [[*KINDS, *MIXES]] for name in family]
     arguments.methods = list(dict.fromkeys(given))
     for name, values in GRIDS[arguments.grid or "default"].items():
         if not getattr(arguments, name):
@@ -265,8 +265,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def parse_kinds(text: str) -> list[str]:
-    if text == MIX:
-        return [MIX]
+    if text in MIXES:
+        return [text]
     found = [name for name in parse_methods(text) if not name.startswith("oft")]
     if not found:
         raise argparse.ArgumentTypeError(f"a bank serves no OFT, got {text!r}")

@@ -25,8 +25,9 @@ import fastpeft
 from fastpeft.files import CONFIG, TENSORS
 from fastpeft.serving import AdapterBank
 
-MIX = "mix"  # rows of all four methods in one batch
-KINDS = (*ONE_EACH[:3], "boft-b4m2", ONE_EACH[3])
+# Rows of all four methods in one batch: of the largest adapters, or of smaller ones.
+MIXES = {"mix": ONE_EACH, "mix-small": ("lora-r8", "mos", "boft-b4m2", "fourierft")}
+KINDS = ("lora-r8", *ONE_EACH[:2], "boft-b4m2", *ONE_EACH[2:])
 PATIENCE = 20.0  # see tax.take_turns
 PEFT_PATIENCE = 2.0
 SWITCHED = 32 << 20  # in · out · adapters beyond which PEFT's dense matrices take tens of seconds for a batch
@@ -37,14 +38,13 @@ Adapter = tuple[str, int]  # a key of METHODS, and which one of that kind
 
 
 def title_of(method: str) -> str:
-    return "all four" if method == MIX else METHODS[method].title
+    return {"mix": "all four", "mix-small": "all four, smaller"}.get(method) or METHODS[method].title
 
 
 def drawn(method: str, count: int) -> list[Adapter]:
     """So many different adapters."""
-    if method == MIX:
-        return [(ONE_EACH[i % len(ONE_EACH)], i // len(ONE_EACH)) for i in range(count)]
-    return [(method, i) for i in range(count)]
+    kinds = MIXES.get(method, (method,))
+    return [(kinds[i % len(kinds)], i // len(kinds)) for i in range(count)]
 
 
 def name_of(adapter: Adapter) -> str:
@@ -204,7 +204,7 @@ def measure(
         theirs = None
         for shape in shapes:
             tokens, rows, adapters = shape
-            if method == MIX and adapters < len(ONE_EACH):
+            if adapters < len(MIXES.get(method, ())):
                 continue
             few = drawn(method, adapters)
             batch = [few[i % adapters] for i in range(rows)]
@@ -224,7 +224,7 @@ def time_batch(
 ) -> Cell:  # fmt: skip
     """A cell without PEFT's figures."""
     names = [name_of(adapter) for adapter in batch]
-    checked = {*range(len(ONE_EACH) if method == MIX else 1), len(batch) // 2, len(batch) - 1}
+    checked = {*range(len(MIXES.get(method, (method,)))), len(batch) // 2, len(batch) - 1}
     read = sum(bytes_of(kind, sources.size) for kind, _ in set(batch)) / (4 * math.prod(sources.size))
     with bank.route(names):
         error = error_of(layer(x), x, {row: sources.exact(batch[row]) for row in checked})
@@ -242,7 +242,7 @@ def time_batch(
 
 def has(peft: ModuleType, method: str, size: tuple[int, int], adapters: int, first: bool) -> bool:
     """Whether PEFT computes such a batch, in a time that one waits for: it switches for the first T and rows only."""
-    if method == MIX or not hasattr(peft, METHODS[method].config_class):
+    if method in MIXES or not hasattr(peft, METHODS[method].config_class):
         return False
     return method.startswith("lora") or (first and math.prod(size) * adapters <= SWITCHED)
 
@@ -348,7 +348,7 @@ class Crowd(NamedTuple):
 
 def measure_registered(sources: Adapters, counts: Sequence[int], most_resident: int) -> list[Registered]:
     """32 rows of ten adapters of all methods, with so many registered, from ten on."""
-    few = drawn(MIX, REGISTERED_ADAPTERS)
+    few = drawn("mix", REGISTERED_ADAPTERS)
     x = torch.randn(REGISTERED_ROWS, sources.size[0])
     crowds = [crowd_of(sources, few, count, min(count, most_resident)) for count in counts]
     with torch.no_grad():

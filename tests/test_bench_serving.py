@@ -51,11 +51,12 @@ def test_layers_and_registered(tmp_path: Path, hurried):
     given = [*COMMAND, "--no-peft", "--registered", "10", "40", "--resident", "20"]
     code, record, table = run(tmp_path, "layers", "registered", *given)
     assert code == 0, table
-    titles = ["LoRA r16", "MoS r8 e2 l4 p1", "BOFT b8 m4", "BOFT b4 m2", "FourierFT n1000", "all four"]
+    titles = ["LoRA r8", "LoRA r16", "MoS r8 e2 l4 p1", "BOFT b4 m2", "BOFT b8 m4", "FourierFT n1000"]
+    titles += ["all four", "all four, smaller"]
     cells = record["layers"]
     assert list(dict.fromkeys(cell["method"] for cell in cells)) == titles
     # Four or six rows, one or four adapters, one or three tokens; one adapter is no mix.
-    assert len(cells) == len(titles) * 2 * 2 * 2 - 4
+    assert len(cells) == len(titles) * 2 * 2 * 2 - 2 * 4
     for cell in cells:
         assert 0 < cell["error"] <= cell["limit"] and cell["rounds"] == 3
         assert min(cell["base"], cell["layer"], cell["route"]) > 0 and cell["peft"] is None
@@ -107,7 +108,7 @@ def test_loads_and_service(tmp_path: Path, hurried):
     code, record, table = run(tmp_path, "loads", "service", *SERVICE)
     assert code == 0, table
     loads = {row["method"]: row for row in record["loads"]}
-    assert len(loads) == 5
+    assert len(loads) == 6
     for row in loads.values():
         assert row["load"] >= row["least"] > 0 and row["file_bytes"] > 0 and row["register"] > 0
     assert loads["LoRA r16"]["bytes"] == loads["LoRA r16"]["expanded_bytes"]

@@ -159,8 +159,8 @@ class BOFTAdapter(Adapter):
         for features in dict.fromkeys(site.in_features for site in sites):
             members = [i for i, site in enumerate(sites) if site.in_features == features]
             row_blocks[members] = torch.arange(len(members), device="cpu") + sum(each.count for each in rows)
-            fill = cls._fill_blocks([keys[sites[i].path] + "boft_R" for i in members], wide)
-            rows.append(Rows(len(members), factors * features * size, wide, fill))
+            make = cls._make_blocks([keys[sites[i].path] + "boft_R" for i in members], wide)
+            rows.append(Rows(len(members), factors * features * size, wide, make))
 
         def entries(*_: object) -> dict[str, Tensor]:
             return {"row_blocks": row_blocks, "row_scale": row_scale}
@@ -169,16 +169,16 @@ class BOFTAdapter(Adapter):
         return Part(BOFTFamily(size, factors), sites, rows, entries, expanded_numbers=numbers)
 
     @staticmethod
-    def _fill_blocks(keys: list[str], wide: torch.dtype) -> Callable[[Tensors, Tensor], object]:
+    def _make_blocks(keys: list[str], wide: torch.dtype) -> Callable[[Tensors], Tensor]:
         """All layers in one call: (layers · m, in / b, b, b)."""
 
-        def fill(tensors: Tensors, out: Tensor) -> None:
+        def make(tensors: Tensors) -> Tensor:
             trained = torch.cat([tensors[key] for key in keys]).to(wide)
             check_finite("boft_R", trained)  # an infinite block may have a finite transform
             with torch.no_grad():
-                out.copy_(boft_blocks(trained).view(out.shape))
+                return boft_blocks(trained)
 
-        return fill
+        return make
 
     def blocks(self) -> Tensor:
         """The orthogonal blocks, (m, in / b, b, b), with dropout while training."""

@@ -185,11 +185,11 @@ class FourierFTAdapter(Adapter):
         for shape in dict.fromkeys(shapes):
             drawn = shape, n, config.random_loc_seed, config.transposed
 
-            def fill(_: Tensors, out: Tensor, drawn: tuple = drawn) -> None:
-                out.copy_(torch.stack(draw_places(*drawn)).view(out.shape))
+            def make(_: Tensors, drawn: tuple = drawn) -> Tensor:
+                return torch.stack(draw_places(*drawn)).int()
 
             place_of[shape] = len(sites) + len(place_of)
-            rows.append(Rows(1, 2 * n, torch.int32, fill, key=("places", *drawn)))
+            rows.append(Rows(1, 2 * n, torch.int32, make, key=("places", *drawn)))
 
         def entries(*_: object) -> dict[str, Tensor]:
             return {

@@ -68,7 +68,7 @@ class Rows:
     count: int
     width: int
     dtype: torch.dtype
-    fill: Callable[[Tensors, Tensor], object]  # (tensors, out (count, width) on the CPU): writes all of out
+    make: Callable[[Tensors], Tensor]  # the rows, of count · width numbers of that dtype, on the CPU
     key: Hashable = None  # rows with equal keys are equal, whichever adapter they come with: the bank keeps one copy
 
 
@@ -126,19 +126,19 @@ def stack_rows(matrices: Sequence[tuple[str, bool, int, int]], dtype: torch.dtyp
         for i in members:
             starts[i] = total
             total += matrices[i][2]
-        rows.append(Rows(total - first, width, dtype, _filler([matrices[i] for i in members])))
+        rows.append(Rows(total - first, width, dtype, _stacker([matrices[i] for i in members], dtype)))
     return rows, torch.tensor(starts, dtype=torch.int64, device="cpu")
 
 
-def _filler(matrices: Sequence[tuple[str, bool, int, int]]) -> Callable[[Tensors, Tensor], object]:
-    def fill(tensors: Tensors, out: Tensor) -> None:
+def _stacker(matrices: Sequence[tuple[str, bool, int, int]], dtype: torch.dtype) -> Callable[[Tensors], Tensor]:
+    def make(tensors: Tensors) -> Tensor:
         pieces = [
             tensors[key].T if transposed else tensors[key].reshape(count, width)
             for key, transposed, count, width in matrices
         ]
-        torch.cat(pieces, out=out)
+        return torch.cat(pieces).to(dtype)
 
-    return fill
+    return make
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

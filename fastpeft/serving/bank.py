@@ -11,7 +11,7 @@ How it works, in one page:
 - **Residency** (residency.py). Leases, eviction, waiting. Two small locks; none is held while a batch computes.
 - **Plans** (plan.py). The rows of a batch in the order of slots, once for all layers.
 - **Layers** (layer.py). y = post(W · pre(x) + b) + delta(x), each part for the rows that have it, in the families that
-  the batch has. A row without an adapter is the base's, bit for bit.
+  the batch has. A row without an adapter is the base's, bit for bit. On CPUs two calls do it (calls.py).
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Version:
                     raise _naming(error, header.said) from error
                 parts.append((part, tables[part.family], entries))
                 for each in part.rows:
-                    rows.append(None if each.key is not None else _filled(each, tensors, header.said))
+                    rows.append(None if each.key is not None else _made(each, tensors, header.said))
             return Staged(parts, rows, tensors)
 
     def write(self, staged: Staged, placement: Placement, layers: Mapping[str, int], buffer: Buffer, made: set) -> None:
@@ -106,7 +106,7 @@ class Version:
             for part, tables, entries in staged.parts:
                 place = []
                 for rows in part.rows:
-                    pieces, filled = placement.pieces[at], staged.rows[at]
+                    pieces, numbers = placement.pieces[at], staged.rows[at]
                     at += 1
                     place += [
                         torch.arange(first, first + count, dtype=torch.int32, device="cpu") for first, count in pieces
@@ -114,29 +114,28 @@ class Version:
                     if rows.key is not None:
                         if rows.key in made:
                             continue
-                        filled = _filled(rows, staged.tensors, self.name)
+                        numbers = _made(rows, staged.tensors, self.name)
                         made.add(rows.key)
-                    assert filled is not None
+                    assert numbers is not None
                     arena, done = buffer.arena((rows.width,), rows.dtype), 0
                     for first, count in pieces:
-                        arena[first : first + count].copy_(filled[done : done + count])
+                        arena[first : first + count].copy_(numbers[done : done + count])
                         done += count
-                numbers = torch.tensor([layers[site.path] for site in part.sites], device="cpu")
-                tables.enter(placement.slot, part, numbers, entries, torch.cat(place))
+                sites = torch.tensor([layers[site.path] for site in part.sites], device="cpu")
+                tables.enter(placement.slot, part, sites, entries, torch.cat(place))
 
 
-def _filled(rows: Any, tensors: Mapping[str, Tensor], said: str) -> Tensor:
-    out = torch.empty(rows.count, rows.width, dtype=rows.dtype, device="cpu")
+def _made(rows: Any, tensors: Mapping[str, Tensor], said: str) -> Tensor:
     try:
-        rows.fill(tensors, out)
-        if out.dtype.is_floating_point:
-            check_finite("one of its tensors", out)
+        made = rows.make(tensors).view(rows.count, rows.width)
+        if made.dtype.is_floating_point:
+            check_finite("one of its tensors", made)
     except ValueError as error:
         bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor.to(rows.dtype)).all())]
         if bad:
             raise ValueError(f"{said}: {bad[0]} holds values that are not finite in {rows.dtype}") from error
         raise _naming(error, said) from error
-    return out
+    return made
 
 
 def _naming(error: ValueError, said: str) -> ValueError:
