@@ -32,7 +32,7 @@ import tables
 import torch
 from layers import METHODS
 from serving_layers import KINDS, MIXES, REGISTERED_ADAPTERS, Adapters, Cell, Registered, measure, measure_registered
-from tax import ONE_EACH, find_peft, parse_count, parse_methods, parse_size
+from tax import find_peft, parse_count, parse_methods, parse_size
 from torch import nn
 
 PARTS = ("layers", "registered", "loads", "service")
@@ -234,7 +234,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--registered", nargs="+", type=parse_count, help=f"from {REGISTERED_ADAPTERS} on")
     parser.add_argument("--resident", type=parse_count, default=500, help="at most (%(default)s)")
     parser.add_argument("--clients", nargs="+", type=parse_count)
-    parser.add_argument("--answer", type=parse_count, default=16, help="tokens of an answer (%(default)s)")
+    parser.add_argument("--answer", type=parse_count, default=32, help="tokens of an answer (%(default)s)")
     parser.add_argument("--model", metavar="FOLDER", help="or smollm2, or random: a small one")
     parser.add_argument("--threads", type=parse_count, default=2, help="but the service, which has all (%(default)s)")
     parser.add_argument("--no-peft", action="store_true", help="fastpeft alone")
@@ -332,7 +332,7 @@ def layer_parts(arguments: argparse.Namespace, report: Report, peft: ModuleType 
 def model_parts(arguments: argparse.Namespace, report: Report, root: Path) -> None:
     http = importlib.import_module("serving_http")  # needs transformers and more
     model, tokenizer, name, options = http.load_model(arguments.model, root)
-    kinds = KINDS if "loads" in arguments.parts else ONE_EACH
+    kinds = KINDS if "loads" in arguments.parts else http.SERVED
     folders = {kind: root / "adapters" / kind for kind in kinds}
     for kind, where in folders.items():
         http.write_adapter(model, kind, where)

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from layers import METHODS
-from serving_layers import title_of
-from tax import ONE_EACH
+from serving_layers import MIXES, title_of
 from torch import Tensor, nn
 
 import fastpeft
@@ -33,6 +32,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 RANDOM = {"vocab_size": 259, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8,
           "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
           "initializer_range": 0.2}  # fmt: skip
+SERVED = MIXES["mix-small"]  # what clients' adapters are of, in turn
 PROMPT = 16  # tokens
 LOADS = 15
 WARM_UP, ROUNDS = 2, 15
@@ -250,18 +250,18 @@ def measure_traffic(
     """Client i asks with prompt i mod 4, and has an adapter of its own, of method i mod 4."""
     generator = torch.Generator().manual_seed(2)
     vocabulary: int = min(frozen.config.vocab_size, len(tokenizer)) - 3  # type: ignore[union-attr,operator,assignment]
-    prompts = torch.randint(vocabulary, (len(ONE_EACH), PROMPT), generator=generator).tolist()
+    prompts = torch.randint(vocabulary, (len(SERVED), PROMPT), generator=generator).tolist()
     sure = []
-    for prompt, kind in zip(prompts, ONE_EACH, strict=True):
+    for prompt, kind in zip(prompts, SERVED, strict=True):
         models = frozen, fastpeft.load_adapter(twin(frozen), folders[kind]).eval()
         sure.append([certain(model, tokenizer, prompt, tokens) for model in models])
     most = max(clients)
     if options[0] == "--out":  # its styles are taken as they are, so that none is trained
         styles = Path(options[1], "styles")
         styles.mkdir()
-        for style, kind in zip(importlib.import_module("service.styles").STYLES, ONE_EACH, strict=True):
+        for style, kind in zip(importlib.import_module("service.styles").STYLES, SERVED, strict=True):
             (styles / style).symlink_to(folders[kind])
-    adapters = {f"a{i}": folders[ONE_EACH[i % len(ONE_EACH)]] for i in range(most)}
+    adapters = {f"a{i}": folders[SERVED[i % len(SERVED)]] for i in range(most)}
     with service(options, adapters, most) as port:
         for count in clients:
             row = Traffic(count)
