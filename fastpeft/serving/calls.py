@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+_UNKNOWN: Any = object()
+
+
 class Calls(NamedTuple):
     """A layer's calls for inputs of one shape and dtype."""
 
@@ -37,9 +40,9 @@ def calls_of(plan: Plan, number: int, x: Any) -> Calls | None:
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return None
     key = number, x.shape, x.dtype
-    if key not in plan.calls:
-        plan.calls[key] = _make(plan, number, x)
-    found = plan.calls[key]
+    found = plan.calls.get(key, _UNKNOWN)
+    if found is _UNKNOWN:
+        found = plan.calls[key] = _make(plan, number, x)
     return found if found is not None and _unwatched(x) else None
 
 
@@ -66,11 +69,10 @@ def _make(plan: Plan, number: int, x: Tensor) -> Calls | None:
     layer = backend.extension.LayerCalls(DTYPES[x.dtype], tokens, site.in_features, site.out_features)
     touches = False
     for tables, touched, rows, slots in (*batch.rotations, *batch.deltas):
-        found = tables.layers[number]
-        if found is not None and touched >> number & 1:
-            if any(each.dtype.is_floating_point and each.dtype != torch.float32 for each in found.values()):
+        if touched >> number & 1 and tables.layers[number] is not None:
+            arrays = tables.arrays(number)  # kept: a new plan asks for all of them at once
+            if arrays is None:
                 return None
-            arrays = {name: table.numpy() for name, table in found.items()}
             tables.family.enlist(layer, arrays, rows.numpy(), slots.numpy())
             touches = True
     return Calls(layer if touches else None, layer.rotates, tokens * site.out_features)

@@ -7,6 +7,7 @@ of it is a view. Nothing is ever moved or made anew while a family is there: a C
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +37,22 @@ class FamilyTables:
             # Zeros are not touched before they are written.
             table = torch.zeros(shape, dtype=column.dtype, device=sites[0].device)
             self._tables[name] = table if column.empty == 0 else table.fill_(column.empty)
+        self._arrays: dict[int, dict[str, Any] | None] = {}
         self.layers: list[dict[str, Tensor] | None] = []
         for number, site in enumerate(sites):
             arenas = family.arenas(site, dtype)
             tables = {name: table[number] for name, table in self._tables.items()}
             views = None if arenas is None else {name: buffer.arena(*kind) for name, kind in arenas.items()}
             self.layers.append(None if views is None else {**tables, **views})
+
+    def arrays(self, number: int) -> dict[str, Any] | None:
+        """A layer's part as arrays over the same memory, on a CPU; None where a number is not one that C++ takes."""
+        if number not in self._arrays:
+            found = self.layers[number]
+            assert found is not None
+            taken = all(table.dtype in (torch.float32, torch.int32) for table in found.values())
+            self._arrays[number] = {name: table.numpy() for name, table in found.items()} if taken else None
+        return self._arrays[number]
 
     def nbytes(self) -> int:
         return sum(table.nbytes for table in self._tables.values())
