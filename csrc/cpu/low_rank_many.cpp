@@ -61,7 +61,7 @@ class LowRankWork : public Work {
  private:
   // What a layer's small adapters read is too short for a processor to see coming, and is asked for at once.
   static void prefetch(const float* const* shards, int64_t count, int64_t width) {
-    constexpr int64_t kLine = 16, kMost = 6 << 10;  // floats: half of a small first-level cache
+    constexpr int64_t kLine = 16, kMost = 16 << 10;  // floats
     if (count * width > kMost) return;
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t j = 0; j < width; j += kLine) __builtin_prefetch(shards[i] + j);
