@@ -288,6 +288,11 @@ def test_leading_shapes(case: Case, tokens: tuple[int, ...]):
     check_against_formula(case, torch.float32, tokens)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_rows_in_the_composition(case: Case):
+    check_against_formula(case, torch.float64, (0,))
+
+
 def strided(tensor: Tensor, how: str) -> Tensor:
     """The same numbers in other places."""
     if how == "slice":  # columns of a wider tensor

@@ -171,20 +171,21 @@ def boft_blocks(
 
 def _factor_view(x: Tensor, block_size: int, factor: int) -> Tensor:
     """(T, d) seen as the inputs of a factor's blocks, (T, d / b, b), in the order of the blocks."""
-    tokens = x.shape[0]
+    tokens, features = x.shape
     if factor == 0:
-        return x.reshape(tokens, -1, block_size)
-    halves = x.reshape(tokens, -1, 2, 1 << factor, block_size // 2)  # window, half of it, place s, feature
-    return halves.transpose(2, 3).reshape(tokens, -1, block_size)
+        return x.reshape(tokens, features // block_size, block_size)
+    half, places = block_size // 2, 1 << factor
+    halves = x.reshape(tokens, features // (block_size * places), 2, places, half)  # window, half of it, place, feature
+    return halves.transpose(2, 3).reshape(tokens, features // block_size, block_size)
 
 
 def _factor_unview(z: Tensor, factor: int) -> Tensor:
     """The way back from (T, d / b, b) to (T, d)."""
-    tokens, _, block_size = z.shape
+    tokens, blocks, block_size = z.shape
     if factor == 0:
-        return z.reshape(tokens, -1)
-    halves = z.reshape(tokens, -1, 1 << factor, 2, block_size // 2)
-    return halves.transpose(2, 3).reshape(tokens, -1)
+        return z.reshape(tokens, blocks * block_size)
+    halves = z.reshape(tokens, blocks >> factor, 1 << factor, 2, block_size // 2)
+    return halves.transpose(2, 3).reshape(tokens, blocks * block_size)
 
 
 def _apply_factor(x: Tensor, q: Tensor, factor: int) -> Tensor:
