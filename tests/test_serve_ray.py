@@ -80,8 +80,8 @@ def served(folders: dict[str, Path], tmp_path_factory) -> Iterator[SimpleNamespa
         wait_for(lambda: program.poll() is not None or "models: tiny" in (ours / "log").read_text("utf-8"), 120)
         assert program.poll() is None, (ours / "log").read_text("utf-8")
         url = f"http://127.0.0.1:{port}"
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=20)
-        with httpx.Client(base_url=url, timeout=20) as http, client:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=60)
+        with httpx.Client(base_url=url, timeout=60) as http, client:
             yield SimpleNamespace(http=http, client=client, ours=ours, program=program)
         program.send_signal(signal.SIGTERM)
         assert program.wait(60) == 0, (ours / "log").read_text("utf-8")
@@ -105,7 +105,7 @@ def processes(ours: Path) -> dict[int, str]:
     return found
 
 
-def wait_for(true: Callable[[], Any], seconds: float = 30.0) -> Any:
+def wait_for(true: Callable[[], Any], seconds: float = 120.0) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := true()):
         assert time.monotonic() < deadline
@@ -134,13 +134,13 @@ def models(served: SimpleNamespace) -> dict[str, list[str]]:
     """What each replica says that there is."""
     found: dict[str, list[str]] = {}
 
-    def both() -> bool:
+    def both() -> dict[str, list[str]] | None:
         response = served.http.get("/v1/models")
         found[response.headers["x-replica"]] = [model["id"] for model in response.json()["data"]]
-        return set(found) == set(numbers(served, "adapters_registered")) and len(found) == 2
+        there = numbers(served, "adapters_registered")  # not one that answered and was replaced since
+        return {name: found[name] for name in there} if len(there) == 2 and there.keys() <= found.keys() else None
 
-    wait_for(both)
-    return found
+    return wait_for(both)
 
 
 def upload(served: SimpleNamespace, name: str, folder: Path, token: str = TOKEN) -> httpx.Response:
@@ -243,7 +243,7 @@ def test_a_replica_that_dies_comes_back_with_all_adapters(served, folders, expec
         response = served.http.post("/v1/completions", json=body)
         assert response.status_code == 200 or response.json()["error"]["code"] == "replica_lost"
     wait_for(lambda: len(numbers(served, "engine_requests_total")) == 2 and
-             set(numbers(served, "engine_requests_total")) != before, 60)  # fmt: skip
+             set(numbers(served, "engine_requests_total")) != before)  # fmt: skip
     assert all("kept" in each for each in models(served).values())
     assert ask(served, "kept")[0] == expected("Hello", 4, "boft")
 
