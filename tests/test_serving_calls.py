@@ -20,7 +20,7 @@ from fastpeft.serving import AdapterBank, calls, layer
 if backend.extension is None:
     pytest.skip("the extension is not built", allow_module_level=True)
 
-LayerCalls = backend.extension.LayerCalls
+BatchRows, LayerCalls = backend.extension.BatchRows, backend.extension.LayerCalls
 MIXED: list[str | None] = [None, *OPTIONS, None, *reversed(OPTIONS), "boft"]
 
 
@@ -86,6 +86,20 @@ def test_a_plan_that_is_refilled(monkeypatch, bank, seen):
             plan.refill(rows)
             assert torch.equal(bank._model(x), by_operators(monkeypatch, bank, x, rows))
     plan.close()
+    assert seen
+
+
+@pytest.mark.parametrize("name", ["boft", "lora"])
+def test_families_that_come_and_go(monkeypatch, folders, seen, name):
+    """What a layer's calls were made of is let go with the family, and is not taken for one that comes later."""
+    bank = make_bank(Model().requires_grad_(False), {name: folders[name]})
+    x = randn(2, IN)
+    for _ in range(2):
+        assert torch.equal(served(bank, x, [name, None]), by_operators(monkeypatch, bank, x, [name, None]))
+        assert bank._residency.layer_calls
+        bank.unload(name)
+        assert not bank._residency.layer_calls
+        bank.load(name, folders[name])
     assert seen
 
 
@@ -157,21 +171,39 @@ def test_numbers_that_lead_outside(folders):
 
 
 def test_rows_that_two_families_name():
-    calls_ = LayerCalls("float32", 2, 4, 4)
-    rows, slots = np.array([0, 1], np.int32), np.zeros(2, np.int32)
-    low_rank = [np.zeros((1, 4), np.float32), np.zeros((1, 1, 1), np.int32)] * 2
-    for _ in range(2):
-        calls_.low_rank(rows, slots, *low_rank, np.ones(1, np.int32), np.ones(1, np.float32))
+    rows = BatchRows(np.array([[[0, 1], [0, 0]]] * 2, np.int32))
     x = torch.zeros(2, 4)
     with pytest.raises(RuntimeError, match="at most once"):
-        calls_.after(x.data_ptr(), x.clone().data_ptr(), 0)
+        low_rank_calls(0, 1).after(rows, x.data_ptr(), x.clone().data_ptr(), 0)
+
+
+def test_a_family_that_the_batch_has_not():
+    rows = BatchRows(np.array([[[0, 1], [0, 0]]], np.int32))
+    x = torch.zeros(2, 4)
+    low_rank_calls(0).after(rows, x.data_ptr(), x.clone().data_ptr(), 0)
+    with pytest.raises(RuntimeError, match="1 families, not a number 1"):
+        low_rank_calls(1).after(rows, x.data_ptr(), x.clone().data_ptr(), 0)
+
+
+def low_rank_calls(*families: int):
+    made = LayerCalls("float32", 4, 4)
+    for family in families:
+        made.low_rank(family, **low_rank_tables())
+    return made
+
+
+def low_rank_tables() -> dict[str, np.ndarray]:
+    return {
+        "arena_A": np.zeros((1, 4), np.float32), "index_A": np.zeros((1, 1, 1), np.int32),
+        "arena_B": np.zeros((1, 4), np.float32), "index_B": np.zeros((1, 1, 1), np.int32),
+        "rank": np.ones(1, np.int32), "scaling": np.ones(1, np.float32),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "name, value, error",
     [
-        ("rows", np.zeros(3, np.int32), ValueError),
-        ("slots", np.zeros(2, np.int64), TypeError),
+        ("family", -1, ValueError),
         ("arena_A", np.zeros((1, 3), np.float32), ValueError),
         ("arena_A", np.zeros((1, 4), np.float64), TypeError),
         ("arena_B", np.zeros((4, 1), np.float32).T[:, ::2], TypeError),
@@ -183,28 +215,37 @@ def test_rows_that_two_families_name():
     ],
 )
 def test_tables_that_do_not_fit(name, value, error):
-    tables = {
-        "rows": np.zeros(2, np.int32), "slots": np.zeros(2, np.int32),
-        "arena_A": np.zeros((1, 4), np.float32), "index_A": np.zeros((1, 1, 1), np.int32),
-        "arena_B": np.zeros((1, 4), np.float32), "index_B": np.zeros((1, 1, 1), np.int32),
-        "rank": np.ones(1, np.int32), "scaling": np.ones(1, np.float32),
-    }  # fmt: skip
-    LayerCalls("float32", 2, 4, 4).low_rank(**tables)
+    tables = {"family": 0, **low_rank_tables()}
+    LayerCalls("float32", 4, 4).low_rank(**tables)
     with pytest.raises(error):
-        LayerCalls("float32", 2, 4, 4).low_rank(**{**tables, name: value})
+        LayerCalls("float32", 4, 4).low_rank(**{**tables, name: value})
+
+
+@pytest.mark.parametrize(
+    "packed, error",
+    [
+        (np.zeros((1, 2, 0), np.int32), ValueError),
+        (np.zeros((1, 3, 4), np.int32), ValueError),
+        (np.zeros((2, 4), np.int32), ValueError),
+        (np.zeros((1, 2, 4), np.int64), TypeError),
+        (np.zeros((4, 2, 1), np.int32).T, TypeError),
+    ],
+)
+def test_rows_that_do_not_fit(packed, error):
+    with pytest.raises(error):
+        BatchRows(packed)
 
 
 def test_sizes_that_do_not_fit():
-    for sizes in ((0, 4, 4), (2, 0, 4), (2, 4, -1)):
+    for sizes in ((0, 4), (4, -1)):
         with pytest.raises(ValueError, match="at least 1"):
             LayerCalls("float32", *sizes)
     with pytest.raises(ValueError, match="float64"):
-        LayerCalls("float64", 2, 4, 4)
-    rows = np.zeros(2, np.int32)
+        LayerCalls("float64", 4, 4)
     table, blocks = np.zeros(1, np.int32), np.zeros((1, 64), np.float32)
     for factors, block_size in ((0, 2), (1, 3), (3, 4), (40, 2)):
         with pytest.raises(ValueError, match="factors and block_size"):
-            LayerCalls("float32", 2, 8, 8).boft(rows, rows, blocks, table, blocks, table, factors, block_size)
+            LayerCalls("float32", 8, 8).boft(0, blocks, table, blocks, table, factors, block_size)
 
 
 def test_memory_is_in_large_pages_or_plain():
@@ -220,4 +261,4 @@ def test_memory_is_in_large_pages_or_plain():
 def test_names_of_dtypes():
     for dtype, name in calls.DTYPES.items():
         assert f"torch.{name}" == str(dtype)
-        LayerCalls(name, 1, 1, 1)
+        LayerCalls(name, 1, 1)

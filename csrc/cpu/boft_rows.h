@@ -66,17 +66,22 @@ inline void multiply_block(const float* in, float* out, int64_t ld, int64_t toke
   }
 }
 
-// All blocks of a factor for one token. A loop of its own, since what leads from block to block would cost more than
-// the product.
-template <int B>
-inline void multiply_blocks(const float* in, float* out, int64_t blocks, int64_t factor, const float* q) {
+// All blocks of a factor for kTokens tokens. A loop of its own, since what leads from block to block would cost more
+// than the product.
+template <int B, int kTokens>
+inline void multiply_blocks(const float* in, float* out, int64_t ld, int64_t blocks, int64_t factor, const float* q) {
   const int64_t others = (int64_t(1) << factor) - 1, apart = int64_t(B / 2) << factor;
   for (int64_t k = 0; k < blocks; ++k, q += B * B) {
     // Blocks are read once and come from far away: asked for half a page ahead they come sooner.
     for (int i = 0; i < B * B; i += 16) __builtin_prefetch(q + i + 512);
     const int64_t low = (k & ~others) * B + (k & others) * (B / 2);
-    store_row<B>(out, {low, low + apart, k}, Block<B>(q).times(in + low, in + low + apart),
-                 std::make_integer_sequence<int, B / 2>{});
+    const Block<B> block(q);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      const float* source = in + t * ld;
+      store_row<B>(out + t * ld, {low, low + apart, k}, block.times(source + low, source + low + apart),
+                   std::make_integer_sequence<int, B / 2>{});
+    }
   }
 }
 
@@ -140,19 +145,17 @@ struct RowChunk {
   template <int B>
   void multiply(const float* in, float* out, const float* blocks, int64_t factor) const {
     if constexpr (B > 0) {
-      if (tokens == 1) {
-        const float* q = blocks + block_offset(shape, factor, {0, 0, range.first / shape.block});
-        return multiply_blocks<B>(in, out, range.count / B, factor, q);
-      }
-    }
-    for_each_block(range, shape.block, factor, [&](Place at) {
-      const float* q = blocks + block_offset(shape, factor, at);
-      if constexpr (B > 0) {
-        multiply_block<B>(in, out, range.count, tokens, at, q);
-      } else {
+      const float* q = blocks + block_offset(shape, factor, {0, 0, range.first / shape.block});
+      const int64_t ld = range.count, count = range.count / B;
+      int64_t t = 0;
+      for (; t + 4 <= tokens; t += 4) multiply_blocks<B, 4>(in + t * ld, out + t * ld, ld, count, factor, q);
+      for (; t < tokens; ++t) multiply_blocks<B, 1>(in + t * ld, out + t * ld, ld, count, factor, q);
+    } else {
+      for_each_block(range, shape.block, factor, [&](Place at) {
+        const float* q = blocks + block_offset(shape, factor, at);
         multiply_any(in, out, range.count, tokens, at, shape.block, q, shape.block, 1, spare);
-      }
-    });
+      });
+    }
   }
 
   template <int B>

@@ -80,8 +80,8 @@ class BOFTFamily(Family):
         width = self.factors * site.in_features * self.block_size
         return {"arena_blocks": ((width,), wide), "arena_scale": ((site.out_features,), wide)}
 
-    def enlist(self, calls: Any, tables: dict[str, Any], rows: Any, slots: Any) -> None:
-        calls.boft(rows, slots, **tables, factors=self.factors, block_size=self.block_size)
+    def enlist(self, calls: Any, number: int, tables: dict[str, Any]) -> None:
+        calls.boft(number, **tables, factors=self.factors, block_size=self.block_size)
 
     def rotate(self, x: Tensor, tables: dict[str, Tensor], rows: Tensor, slots: Tensor) -> Tensor:
         blocks = tables["arena_blocks"], tables["row_blocks"], self.factors, self.block_size

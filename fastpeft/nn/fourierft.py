@@ -137,8 +137,8 @@ class FourierFamily(Family):
             "places": ((2, self.n), torch.int32),
         }
 
-    def enlist(self, calls: Any, tables: dict[str, Any], rows: Any, slots: Any) -> None:
-        calls.fourier(rows, slots, **tables)
+    def enlist(self, calls: Any, number: int, tables: dict[str, Any]) -> None:
+        calls.fourier(number, **tables)
 
     def add_(self, y: Tensor, x: Tensor, tables: dict[str, Tensor], rows: Tensor, slots: Tensor) -> None:
         fourier_many_(y, x, **tables, rows=rows, slots=slots)

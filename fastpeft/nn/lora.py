@@ -86,8 +86,8 @@ class LowRankFamily(Family):
         widths = {"arena_A": site.in_features // self.shards, "arena_B": site.out_features // self.shards}
         return {name: ((width,), dtype) for name, width in widths.items()}
 
-    def enlist(self, calls: Any, tables: dict[str, Any], rows: Any, slots: Any) -> None:
-        calls.low_rank(rows, slots, **tables)
+    def enlist(self, calls: Any, number: int, tables: dict[str, Any]) -> None:
+        calls.low_rank(number, **tables)
 
     def add_(self, y: Tensor, x: Tensor, tables: dict[str, Tensor], rows: Tensor, slots: Tensor) -> None:
         low_rank_many_(y, x, **tables, rows=rows, slots=slots)

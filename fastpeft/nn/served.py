@@ -44,8 +44,13 @@ class Family:
         """Shape and dtype of a row in each of a layer's arenas, in a bank of this dtype; None where none can be."""
         raise NotImplementedError
 
-    def enlist(self, calls: Any, tables: dict[str, Any], rows: Any, slots: Any) -> None:
-        """Enters the family into the ``_C.LayerCalls`` of a layer on a CPU. All are arrays over the tensors' memory."""
+    def enlist(self, calls: Any, number: int, tables: dict[str, Any]) -> None:
+        """Enters the family into the ``_C.LayerCalls`` of a layer on a CPU.
+
+        Args:
+            number: the family's own in the batches.
+            tables: arrays over the tensors' memory.
+        """
         raise NotImplementedError
 
     def rotate(self, x: Tensor, tables: dict[str, Tensor], rows: Tensor, slots: Tensor) -> Tensor:

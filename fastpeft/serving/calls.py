@@ -7,6 +7,7 @@ ordinary, the operators are called.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from fastpeft import backend
 from fastpeft.ops import base
 
 if TYPE_CHECKING:
+    from fastpeft.nn.adapter import Site
     from fastpeft.serving.plan import Plan
+    from fastpeft.serving.tables import FamilyTables
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -28,6 +31,7 @@ class Calls(NamedTuple):
     """A layer's calls for inputs of one shape and dtype."""
 
     layer: Any  # _C.LayerCalls; None where no adapter touches the layer
+    rows: Any  # _C.BatchRows
     rotates: bool
     numbers: int  # of the layer's output
 
@@ -65,14 +69,30 @@ def _make(plan: Plan, number: int, x: Tensor) -> Calls | None:
         return None
     base.check_input(x, site.in_features, None)
     batch = plan.batch(x)
+    families = tuple(
+        (family, tables)
+        for family, tables, touched, _, _ in (*batch.rotations, *batch.deltas)
+        if touched >> number & 1 and tables.layers[number] is not None
+    )
+    kept, key = plan._bank._residency.layer_calls, (number, x.dtype, families)
+    layer = kept.get(key, _UNKNOWN)
+    if layer is _UNKNOWN:
+        layer = kept[key] = _layer_calls(site, number, x.dtype, families)
+    if layer is None:
+        return None
     tokens = x.numel() // site.in_features
-    layer = backend.extension.LayerCalls(DTYPES[x.dtype], tokens, site.in_features, site.out_features)
-    touches = False
-    for tables, touched, rows, slots in (*batch.rotations, *batch.deltas):
-        if touched >> number & 1 and tables.layers[number] is not None:
-            arrays = tables.arrays(number)  # kept: a new plan asks for all of them at once
-            if arrays is None:
-                return None
-            tables.family.enlist(layer, arrays, rows.numpy(), slots.numpy())
-            touches = True
-    return Calls(layer if touches else None, layer.rotates, tokens * site.out_features)
+    if tokens not in plan.batch_rows:
+        plan.batch_rows[tokens] = backend.extension.BatchRows(batch.packed.numpy())
+    return Calls(layer if families else None, plan.batch_rows[tokens], layer.rotates, tokens * site.out_features)
+
+
+def _layer_calls(site: Site, number: int, dtype: torch.dtype, families: Iterable[tuple[int, FamilyTables]]) -> Any:
+    """A layer's _C.LayerCalls for families of a plan; None where C++ does not take their tables."""
+    assert backend.extension is not None
+    layer = backend.extension.LayerCalls(DTYPES[dtype], site.in_features, site.out_features)
+    for family, tables in families:
+        arrays = tables.arrays(number)
+        if arrays is None:
+            return None
+        tables.family.enlist(layer, family, arrays)
+    return layer

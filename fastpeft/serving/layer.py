@@ -47,7 +47,7 @@ class Served(nn.Module):
         z = x
         if calls.rotates:
             z = torch.empty_like(x)
-            calls.layer.before(x.data_ptr(), z.data_ptr())
+            calls.layer.before(calls.rows, x.data_ptr(), z.data_ptr())
         y = super().forward(z, *args, **kwargs)
         bias = getattr(self, "bias", None) if calls.rotates else None
         usual = (
@@ -56,7 +56,7 @@ class Served(nn.Module):
         if not usual or not (bias is None or (bias.dtype == y.dtype and bias.is_contiguous())):
             return self._adapted(plan.batch(x), x, y)
         _check_forward_only(y)
-        calls.layer.after(x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr())
+        calls.layer.after(calls.rows, x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr())
         return y
 
     def _serve_cast(self, batch: Batch, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -69,7 +69,7 @@ class Served(nn.Module):
 
     def _rotated(self, batch: Batch, x: Tensor) -> Tensor:
         z = x
-        for tables, touched, rows, slots in batch.rotations:
+        for _, tables, touched, rows, slots in batch.rotations:
             found = tables.layers[self._number]
             if found is not None and touched >> self._number & 1:
                 z = tables.family.rotate(base.as_rows(z), found, rows, slots).view(x.shape)
@@ -80,12 +80,12 @@ class Served(nn.Module):
         y = y.contiguous()
         flat = base.as_rows(y)
         inputs = None
-        for tables, touched, rows, slots in batch.rotations:
+        for _, tables, touched, rows, slots in batch.rotations:
             found = tables.layers[self._number]
             if found is not None and touched >> self._number & 1:
                 bias = getattr(self, "bias", None)
                 tables.family.scale_(flat, None if bias is None else bias.to(y.dtype), found, rows, slots)
-        for tables, touched, rows, slots in batch.deltas:
+        for _, tables, touched, rows, slots in batch.deltas:
             found = tables.layers[self._number]
             if found is not None and touched >> self._number & 1:
                 if inputs is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class Group(NamedTuple):
     """The rows of one family in a batch of T rows."""
 
+    family: int  # its number among the plan's
     tables: FamilyTables
     touched: int  # the layers that its adapters touch, as bits
     rows: Tensor  # (T,) int32, rows of one slot side by side
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
 
     rotations: list[Group]
     deltas: list[Group]
+    packed: Tensor  # (families, 2, T): of all groups
 
 
 class Plan:
@@ -56,6 +58,7 @@ class Plan:
         self._batches: dict[tuple[int, ...], Batch] = {}  # by leading shape
         self._tokens: dict[int, tuple[Tensor, Batch]] = {}  # by rows for each entry
         self.calls: dict[tuple[int, torch.Size, torch.dtype], Calls | None] = {}  # of layers: see calls.py
+        self.batch_rows: dict[int, Any] = {}  # for them: _C.BatchRows by rows of an input
         self._versions: dict[str, Version] = {}
         self._open = False
         versions = bank._acquire(rows, timeout)
@@ -168,12 +171,13 @@ class Plan:
             with torch.inference_mode(False), torch.no_grad():
                 packed = _expand(self._entries, tokens)
             groups = [
-                Group(tables, mask, rows, slots)
-                for (tables, mask), (rows, slots) in zip(self._families, packed, strict=True)
+                Group(family, tables, mask, rows, slots)
+                for family, ((tables, mask), (rows, slots)) in enumerate(zip(self._families, packed, strict=True))
             ]
             batch = Batch(
                 [group for group in groups if group.tables.family.rotates],
                 [group for group in groups if not group.tables.family.rotates],
+                packed,
             )
             self._tokens[tokens] = packed, batch
         return self._tokens[tokens]

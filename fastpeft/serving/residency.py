@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -106,6 +107,8 @@ class Residency:
         self._ends = 0  # how often something that may make room has ended
         self._abandoned: deque[tuple[list[Version], list[FamilyTables]]] = deque()
         self._fences: dict[object, torch.cuda.Event] = {}
+        # For families that are there, by layer, dtype and where in a plan each family comes: see calls.py.
+        self.layer_calls: dict[tuple[int, torch.dtype, tuple[tuple[int, FamilyTables], ...]], Any] = {}
         self.counts = {"hits": 0, "misses": 0, "evictions": 0}
 
     # Names
@@ -170,6 +173,7 @@ class Residency:
                 tables.users -= 1
                 if not tables.users:
                     del self._families[tables.family]
+                    self.layer_calls.clear()
 
     def drop(self, version: Version) -> None:
         """Gives up what a version holds while it has a name or is to have one."""
