@@ -32,54 +32,46 @@ class LowRankWork : public Work {
       return r > 0;
     });
     tasks = int64_t(segments_.size());
-    int64_t numbers = 0;
-    for (const Segment& segment : segments_) {
-      const int64_t r = tables.rank[segment.slot];
-      numbers += segment.count * r;
-      most_ = std::max(most_, segment.count * r);
-      const bool known = !starts_.empty() && (&segment)[-1].slot == segment.slot;
-      starts_.push_back(known ? starts_.back() : pointers_.size());
-      if (known) continue;
-      collect(tables.a, tables.index_a, segment.slot, r, "index_A");
-      collect(tables.b, tables.index_b, segment.slot, r, "index_B");
-    }
-    if (tasks > 0) size = numbers * (tables.a.width + tables.b.width) * tables.per_row / tasks;
+    for (const Segment& segment : segments_) size += segment.count * tables.rank[segment.slot];
+    if (tasks > 0) size = size * (tables.a.width + tables.b.width) * tables.per_row / tasks;
   }
 
   void run(int64_t task) const override {
     const Segment& segment = segments_[task];
     const int64_t r = tables_.rank[segment.slot], per_row = tables_.per_row;
-    const float* const* a = pointers_.data() + starts_[task];
-    const Shards A{a, r, per_row, tables_.a.width}, B{a + r * per_row, r, per_row, tables_.b.width};
-    Scratch h(most_);
-    prefetch(a, r * per_row, tables_.a.width);
-    prefetch(a + r * per_row, r * per_row, tables_.b.width);
+    std::vector<const float*> shards;
+    shards.reserve(2 * r * per_row);
+    collect(tables_.a, tables_.index_a, segment.slot, r, "index_A", shards);
+    collect(tables_.b, tables_.index_b, segment.slot, r, "index_B", shards);
+    const Shards A{shards.data(), r, per_row, tables_.a.width}, B{A.shards + r * per_row, r, per_row, tables_.b.width};
+    prefetch(A);
+    prefetch(B);
+    Scratch h(segment.count * r);
     lora_loops().project(x_.scalar, segment.of(x_), A, segment.count, tables_.scaling[segment.slot], h.data());
     lora_loops().expand(x_.scalar, h.data(), B, segment.count, segment.into(y_));
   }
 
  private:
-  // What a layer's small adapters read is too short for a processor to see coming, and is asked for at once.
-  static void prefetch(const float* const* shards, int64_t count, int64_t width) {
-    constexpr int64_t kLine = 16, kMost = 16 << 10;  // floats
-    if (count * width > kMost) return;
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t j = 0; j < width; j += kLine) __builtin_prefetch(shards[i] + j);
-    }
+  // Where the vectors of a slot's matrix lie.
+  void collect(const Arena& arena, const int32_t* index, int64_t slot, int64_t rank, const char* name,
+               std::vector<const float*>& shards) const {
+    const int32_t* numbers = index + slot * tables_.r_max * tables_.per_row;
+    for (int64_t i = 0; i < rank * tables_.per_row; ++i) shards.push_back(arena.row(numbers[i], name));
   }
 
-  // Where the vectors of a slot's matrix lie.
-  void collect(const Arena& arena, const int32_t* index, int64_t slot, int64_t rank, const char* name) {
-    const int32_t* numbers = index + slot * tables_.r_max * tables_.per_row;
-    for (int64_t i = 0; i < rank * tables_.per_row; ++i) pointers_.push_back(arena.row(numbers[i], name));
+  // What a layer's small adapters read is too short for a processor to see coming, and is asked for at once.
+  static void prefetch(const Shards& m) {
+    constexpr int64_t kLine = 16, kMost = 16 << 10;  // floats
+    const int64_t count = m.rank * m.per_row;
+    if (count * m.width > kMost) return;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < m.width; j += kLine) __builtin_prefetch(m.shards[i] + j);
+    }
   }
 
   LowRankTables tables_;
   Matrix x_, y_;
   std::vector<Segment> segments_;
-  std::vector<const float*> pointers_;
-  std::vector<size_t> starts_;  // of each segment's A in `pointers_`; its B follows
-  int64_t most_ = 0;
 };
 
 void low_rank_many(Tensor y, const Tensor& x, const Tensor& arena_A, const Tensor& index_A, const Tensor& arena_B,

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <memory>
 #include <vector>
 
@@ -104,11 +105,17 @@ inline void run_all(const Works& works) {
     size += work->tasks * work->size;
   }
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // of the first that failed: none may leave a thread of the pool
   const auto run = [&](int64_t, int64_t) {
-    for (int64_t task = next++; task < tasks; task = next++) {
-      const std::unique_ptr<Work>* work = works.data();
-      while (task >= (*work)->tasks) task -= (*work++)->tasks;
-      (*work)->run(task);
+    try {
+      for (int64_t task = next++; task < tasks; task = next++) {
+        const std::unique_ptr<Work>* work = works.data();
+        while (task >= (*work)->tasks) task -= (*work++)->tasks;
+        (*work)->run(task);
+      }
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
     }
   };
   const int64_t threads = std::min<int64_t>({tasks, torch::stable::get_num_threads(), 1 + size / kThreadSize});
@@ -117,6 +124,7 @@ inline void run_all(const Works& works) {
   } else {
     run(0, 1);
   }
+  if (error) std::rethrow_exception(error);
 }
 
 // The tables of a family for one layer; see the operators' docstrings.
