@@ -41,7 +41,7 @@ def calls_of(plan: Plan, number: int, x: Any) -> Calls | None:
 
     Asked of every layer, so in few steps: what depends on the shape and the dtype alone is kept.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
+    if _is_compiling() or type(x) is not Tensor:
         return None
     key = number, x.shape, x.dtype
     found = plan.calls.get(key, _UNKNOWN)
@@ -50,16 +50,22 @@ def calls_of(plan: Plan, number: int, x: Any) -> Calls | None:
     return found if found is not None and _unwatched(x) else None
 
 
+# Looked up once: asked of every layer, attributes of modules cost as much as what they hold.
+_autocast, _functorch = torch._C._is_any_autocast_enabled, torch._C._are_functorch_transforms_active
+_modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+
+
 def _unwatched(x: Tensor) -> bool:
     """Whether nobody would miss the operators, and x is as the calls take it."""
     return (
         x.is_contiguous()
+        and not (x.requires_grad and _is_grad_enabled())
+        and not _autocast()
+        and not _functorch()
+        and not _modes()
+        and _tracing() is None
         and backend._forced in (None, "native")
-        and not base.needs_autograd(x)
-        and not torch._C._is_any_autocast_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
     )
 
 
