@@ -213,5 +213,54 @@ inline void fft_decimate(const FftPlan& plan, float* tile, float* spare) { run_p
 // plan.position order in, natural order out.
 inline void fft_combine(const FftPlan& plan, float* tile, float* spare) { run_passes<false>(plan, 0, tile, spare); }
 
+inline int64_t real_fft_spare_rows(const RealFftPlan& plan) {
+  int64_t most = fft_spare_rows(*plan.last.plan);
+  for (int n = 0; n < plan.levels; ++n) {
+    const int64_t rows = fft_spare_rows(*plan.level[n].plan);
+    most = rows > most ? rows : most;
+  }
+  return most;
+}
+
+// The bins of a real signal, one vector for each entry of all lanes', which is lost: rows as plan.position says.
+inline void real_fft_decimate(const RealFftPlan& plan, Vector* signal, float* tile, float* spare) {
+  for (int n = 0; n < plan.levels; ++n) {
+    const RealFftLevel& level = plan.level[n];
+    const int64_t quarter = level.length / 4;
+    float* rows = tile + level.first_row * kRow;
+    for (int64_t j = 0; j < quarter; ++j) {
+      const Vector a = signal[j], b = signal[j + quarter], c = signal[j + 2 * quarter], d = signal[j + 3 * quarter];
+      signal[j] = a + c;
+      signal[j + quarter] = b + d;
+      store_row(rows + j * kRow, times({a - c, d - b}, level.twiddles + 2 * j));
+    }
+    fft_decimate(*level.plan, rows, spare);
+  }
+  float* rows = tile + plan.last.first_row * kRow;
+  for (int64_t j = 0; j < plan.last.length; ++j) store_row(rows + j * kRow, {signal[j], Vector{}});
+  fft_decimate(*plan.last.plan, rows, spare);
+}
+
+// The real part of the transform of bins: its transpose. A bin whose row is another one's is entered conjugated.
+inline void real_fft_combine(const RealFftPlan& plan, float* tile, Vector* signal, float* spare) {
+  float* rows = tile + plan.last.first_row * kRow;
+  fft_combine(*plan.last.plan, rows, spare);
+  for (int64_t j = 0; j < plan.last.length; ++j) signal[j] = load_row(rows + j * kRow).re;
+  for (int n = plan.levels - 1; n >= 0; --n) {
+    const RealFftLevel& level = plan.level[n];
+    const int64_t quarter = level.length / 4;
+    rows = tile + level.first_row * kRow;
+    fft_combine(*level.plan, rows, spare);
+    for (int64_t j = 0; j < quarter; ++j) {
+      const ComplexVector odd = times(load_row(rows + j * kRow), level.twiddles + 2 * j);
+      const Vector even = signal[j], other = signal[j + quarter];
+      signal[j] = even + odd.re;
+      signal[j + quarter] = other + odd.im;
+      signal[j + 2 * quarter] = even - odd.re;
+      signal[j + 3 * quarter] = other - odd.im;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fastpeft::FASTPEFT_ISA

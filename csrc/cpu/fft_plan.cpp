@@ -132,12 +132,48 @@ struct OwnedPlan : FftPlan {
   }
 };
 
-}  // namespace
+struct OwnedRealPlan : RealFftPlan {
+  std::vector<std::shared_ptr<const FftPlan>> plans;
+  std::vector<std::vector<float>> tables;
+  std::vector<int32_t> positions;
 
-std::shared_ptr<const FftPlan> fft_plan(int64_t length) {
-  constexpr size_t kKept = 64;                             // some 12 bytes for each unit of length
-  static std::recursive_mutex mutex;                       // a plan may ask for the plan of its convolution
-  static std::list<std::shared_ptr<const FftPlan>> plans;  // the most recently used first
+  explicit OwnedRealPlan(int64_t size) : RealFftPlan{} {
+    constexpr int64_t kWhole = 32;  // lengths below are not worth a level
+    length = size;
+    int64_t rest = size;
+    for (; rest % 4 == 0 && rest >= kWhole; rest /= 2) {
+      std::vector<float> twiddles;
+      for (int64_t j = 0; j < rest / 4; ++j) append(twiddles, root(j, rest));
+      tables.push_back(std::move(twiddles));
+      level[levels++] = part(rest, rest / 4, tables.back().data());
+    }
+    last = part(rest, rest, nullptr);
+    for (int64_t k = 0; k < size; ++k) positions.push_back(row_of(k));
+    position = positions.data();
+  }
+
+  RealFftLevel part(int64_t whole, int64_t transformed, const float* twiddles) {
+    plans.push_back(fft_plan(transformed));
+    rows += transformed;
+    return {whole, rows - transformed, plans.back().get(), twiddles};
+  }
+
+  int32_t row_of(int64_t bin) const {
+    for (int n = 0; n < levels; ++n, bin /= 2) {
+      const RealFftLevel& at = level[n];
+      if (bin % 4 == 1) return int32_t(at.first_row + at.plan->position[bin / 4]);
+      if (bin % 4 == 3) return ~int32_t(at.first_row + at.plan->position[(at.length - bin) / 4]);
+    }
+    return int32_t(last.first_row + last.plan->position[bin]);
+  }
+};
+
+// The plan of a length: the one that was made, or another one.
+template <typename Owned, typename Plan>
+std::shared_ptr<const Plan> kept_plan(int64_t length) {
+  constexpr size_t kKept = 64;                          // some 12 bytes for each unit of length
+  static std::recursive_mutex mutex;                    // a plan may ask for the plan of its convolution
+  static std::list<std::shared_ptr<const Plan>> plans;  // the most recently used first
   const std::lock_guard lock(mutex);
   for (auto at = plans.begin(); at != plans.end(); ++at) {
     if ((*at)->length == length) {
@@ -145,10 +181,18 @@ std::shared_ptr<const FftPlan> fft_plan(int64_t length) {
       return plans.front();
     }
   }
-  auto plan = std::make_shared<const OwnedPlan>(length);
+  std::shared_ptr<const Plan> plan = std::make_shared<const Owned>(length);
   plans.push_front(plan);
   if (plans.size() > kKept) plans.pop_back();
   return plan;
+}
+
+}  // namespace
+
+std::shared_ptr<const FftPlan> fft_plan(int64_t length) { return kept_plan<OwnedPlan, FftPlan>(length); }
+
+std::shared_ptr<const RealFftPlan> real_fft_plan(int64_t length) {
+  return kept_plan<OwnedRealPlan, RealFftPlan>(length);
 }
 
 }  // namespace fastpeft

@@ -1,4 +1,4 @@
-// What a Fourier transform of one length needs to know: its passes, its twiddle factors, the order of its bins.
+// What Fourier transforms of one length need to know: their passes, their twiddle factors, the order of their bins.
 #pragma once
 
 #include <stdint.h>
@@ -35,5 +35,30 @@ struct FftPlan {
 // The plan of a length in [1, 2^30). Plans are built once and shared by everybody who asks, from any thread; the most
 // recently used ones are kept.
 std::shared_ptr<const FftPlan> fft_plan(int64_t length);
+
+// Of real signals, half of whose bins say all. A level splits a signal of `length`, a multiple of four, into the
+// complex signal of its bins 4 k + 1, whose conjugates are the bins 4 k + 3, and the real one of its even bins:
+//
+//   (x[j] - x[j + n/2] - i (x[j + n/4] - x[j + 3 n/4])) w^j  and  x[j] + x[j + n/2],  w = exp(-2 pi i / n)
+//
+// So there is no pass that untangles two halves, and lengths that are no multiple of four need no way of their own.
+struct RealFftLevel {
+  int64_t length;
+  int64_t first_row;      // of its complex signal's in a tile
+  const FftPlan* plan;    // of length / 4
+  const float* twiddles;  // [length / 4, 2]: w^j
+};
+
+struct RealFftPlan {
+  int64_t length;
+  int64_t rows;  // of a tile that holds the bins
+  int levels;
+  RealFftLevel level[kMaxPasses];
+  RealFftLevel last;        // what is left, transformed as it is: no twiddle factors, a plan of its whole length
+  const int32_t* position;  // [length]: the row of bin k, or ~row of bin length - k, of which it is the conjugate
+};
+
+// As fft_plan.
+std::shared_ptr<const RealFftPlan> real_fft_plan(int64_t length);
 
 }  // namespace fastpeft

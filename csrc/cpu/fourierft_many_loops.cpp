@@ -1,11 +1,11 @@
-// FourierFT for tokens with different adapters: see cpu/fourierft_loops.cpp for the formula. One token is the real part
-// of one lane's signal, since two that shared a signal would share a spectrum. Then S need not be made Hermitian: what
-// that would take away is the imaginary part of the result, which nobody reads.
+// FourierFT for tokens with different adapters: see cpu/fourierft_loops.cpp for the formula. A lane has one token, a
+// real signal: two that shared a complex one would share a spectrum. What is wanted is the real part of a transform, so
+// S need not be made Hermitian: a bin and its mirror image add to one row.
 //
-// Cost for lanes tokens: two transforms (cpu/fft.h), a transposition on the way in and out and of the coefficients, and
-// for each of n places 2 multiply-adds and 7 loads and stores of vectors.
-// Eight tokens at a time, also where vectors have room for sixteen: a tile of them stays in the first-level cache up to
-// 750 features, and the few tokens of a decoding batch fill it. Sixteen are no faster than two times eight.
+// Cost for lanes tokens: two real transforms (cpu/fft.h), a transposition on the way in and out and of the
+// coefficients, and for each of n places 2 multiply-adds and 7 loads and stores of vectors. Eight tokens at a time,
+// also where vectors have room for sixteen: a tile of them stays in the first-level cache up to 750 features, and the
+// few tokens of a decoding batch fill it. Sixteen are no faster than two times eight.
 #define FASTPEFT_MOST_LANES 8
 
 #include "cpu/fourierft_many_loops.h"
@@ -15,9 +15,9 @@
 namespace fastpeft::FASTPEFT_ISA {
 namespace {
 
-// out[j * stride] = entry j of every row, zeros in lanes that have none.
-template <typename T, typename Row>
-inline void load_lanes(const Row* rows, int64_t count, int64_t length, Vector* out, int64_t stride) {
+// out[j] = entry j of every row, zeros in lanes that have none.
+template <typename T>
+inline void load_lanes(const void* const* rows, int64_t count, int64_t length, Vector* out) {
   int64_t j = 0;
   for (; j + kLanes <= length; j += kLanes) {
     Vector block[kLanes];
@@ -27,23 +27,23 @@ inline void load_lanes(const Row* rows, int64_t count, int64_t length, Vector* o
     }
     transpose(block);
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kLanes; ++i) out[(j + i) * stride] = block[i];
+    for (int64_t i = 0; i < kLanes; ++i) out[j + i] = block[i];
   }
   for (; j < length; ++j) {
     Vector values = {};
     for (int64_t t = 0; t < count; ++t) values[t] = to_float(static_cast<const T*>(rows[t])[j]);
-    out[j * stride] = values;
+    out[j] = values;
   }
 }
 
 // Adds scale times entry j of `tile` to entry j of every row.
 template <typename T>
-inline void add_lanes(const Vector* tile, int64_t stride, int64_t length, const FourierTile& tokens) {
+inline void add_lanes(const Vector* tile, int64_t length, const FourierTile& tokens) {
   int64_t j = 0;
   for (; j + kLanes <= length; j += kLanes) {
     Vector block[kLanes];
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kLanes; ++i) block[i] = tile[(j + i) * stride];
+    for (int64_t i = 0; i < kLanes; ++i) block[i] = tile[j + i];
     transpose(block);
     for (int64_t t = 0; t < tokens.count; ++t) {
       T* to = static_cast<T*>(tokens.y[t]) + j;
@@ -53,7 +53,7 @@ inline void add_lanes(const Vector* tile, int64_t stride, int64_t length, const 
   for (; j < length; ++j) {
     for (int64_t t = 0; t < tokens.count; ++t) {
       T* to = static_cast<T*>(tokens.y[t]) + j;
-      *to = from_float<T>(to_float(*to) + tokens.scale[t] * tile[j * stride][t]);
+      *to = from_float<T>(to_float(*to) + tokens.scale[t] * tile[j][t]);
     }
   }
 }
@@ -72,19 +72,23 @@ inline void load_coefficients(const FourierTile& tile, int64_t k, Vector* block)
 
 // target[rows[k]] += coefficients[k] * source[cols[k]] in the lanes that `mine` names.
 template <bool kAll>
-inline void mix_places(const FourierTile& tile, const int32_t* places, Bits mine, const FftPlan& source,
-                       const float* from, const FftPlan& target, float* to) {
+inline void mix_places(const FourierTile& tile, const int32_t* places, Bits mine, const RealFftPlan& source,
+                       const float* from, const RealFftPlan& target, float* to) {
   for (int64_t first = 0; first < tile.n; first += kLanes) {
     Vector coefficients[kLanes];
     load_coefficients(tile, first, coefficients);
     const int64_t count = tile.n - first < kLanes ? tile.n - first : kLanes;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t k = first + i;
-      const ComplexVector bin = load_row(from + source.position[places[tile.n + k]] * kRow);
-      float* row = to + target.position[places[k]] * kRow;
+      const int32_t read = source.position[places[tile.n + k]], written = target.position[places[k]];
+      // All bits set where a row holds the conjugate.
+      const int32_t read_mirrored = read >> 31, written_mirrored = written >> 31;
+      const ComplexVector bin = load_row(from + int64_t(read ^ read_mirrored) * kRow);
+      float* row = to + int64_t(written ^ written_mirrored) * kRow;
       const ComplexVector old = load_row(row);
       const Vector c = coefficients[i];
-      ComplexVector sum = {old.re + c * bin.re, old.im + c * bin.im};
+      ComplexVector sum = {old.re + c * bin.re,
+                           old.im + c * float(1 + 2 * (read_mirrored ^ written_mirrored)) * bin.im};
       // Not a coefficient of zero: it would take what is not a number from one lane's x to where the lane has no place.
       if (!kAll) sum = {mine ? sum.re : old.re, mine ? sum.im : old.im};
       store_row(row, sum);
@@ -92,8 +96,8 @@ inline void mix_places(const FourierTile& tile, const int32_t* places, Bits mine
   }
 }
 
-void mix(const FourierTile& tile, const FftPlan& source, const float* from, const FftPlan& target, float* to) {
-  for (int64_t j = 0; j < target.length; ++j) store_row(to + j * kRow, ComplexVector{});
+void mix(const FourierTile& tile, const RealFftPlan& source, const float* from, const RealFftPlan& target, float* to) {
+  for (int64_t j = 0; j < target.rows; ++j) store_row(to + j * kRow, ComplexVector{});
   for (int64_t first = 0; first < tile.count; ++first) {
     Bits mine = {};
     bool seen = false, all = true;
@@ -112,23 +116,24 @@ void mix(const FourierTile& tile, const FftPlan& source, const float* from, cons
   }
 }
 
-int64_t scratch_floats(const FftPlan& source, const FftPlan& target) {
-  const int64_t one = fft_spare_rows(source), other = fft_spare_rows(target);
-  return (source.length + target.length + (one > other ? one : other)) * kRow;
+int64_t longest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+int64_t scratch_floats(const RealFftPlan& source, const RealFftPlan& target) {
+  const int64_t spare = longest(real_fft_spare_rows(source), real_fft_spare_rows(target));
+  return longest(source.length, target.length) * kLanes + (source.rows + target.rows + spare) * kRow;
 }
 
-void fwd(const FftPlan& source, const FftPlan& target, Scalar scalar, const FourierTile& tile, float* scratch) {
-  float* from = scratch;
-  float* to = from + source.length * kRow;
-  float* spare = to + target.length * kRow;
+void fwd(const RealFftPlan& source, const RealFftPlan& target, Scalar scalar, const FourierTile& tile, float* scratch) {
+  Vector* signal = reinterpret_cast<Vector*>(scratch);
+  float* from = scratch + longest(source.length, target.length) * kLanes;
+  float* to = from + source.rows * kRow;
+  float* spare = to + target.rows * kRow;
   with_scalar(scalar, [&]<typename T>(T) {
-    Vector* parts = reinterpret_cast<Vector*>(from);
-    load_lanes<T>(tile.x, tile.count, source.length, parts, 2);
-    for (int64_t j = 0; j < source.length; ++j) parts[2 * j + 1] = Vector{};
-    fft_decimate(source, from, spare);
+    load_lanes<T>(tile.x, tile.count, source.length, signal);
+    real_fft_decimate(source, signal, from, spare);
     mix(tile, source, from, target, to);
-    fft_combine(target, to, spare);
-    add_lanes<T>(reinterpret_cast<const Vector*>(to), 2, target.length, tile);
+    real_fft_combine(target, to, signal, spare);
+    add_lanes<T>(signal, target.length, tile);
   });
 }
 

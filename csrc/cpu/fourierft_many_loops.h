@@ -26,10 +26,11 @@ struct FourierManyLoops {
   int64_t lanes;
 
   // Floats of scratch, 64-byte aligned.
-  int64_t (*scratch_floats)(const FftPlan& source, const FftPlan& target);
+  int64_t (*scratch_floats)(const RealFftPlan& source, const RealFftPlan& target);
 
   // y += scale * Re F1 (S F2 x), S[rows[k], cols[k]] = spectrum[k], for every token of the tile.
-  void (*fwd)(const FftPlan& source, const FftPlan& target, Scalar scalar, const FourierTile& tile, float* scratch);
+  void (*fwd)(const RealFftPlan& source, const RealFftPlan& target, Scalar scalar, const FourierTile& tile,
+              float* scratch);
 };
 
 #define FASTPEFT_DECLARE(isa)                 \
