@@ -27,6 +27,7 @@ from service.api import Limits, Service, create_app
 from service.catalog import Catalog
 from service.engine import Engine
 from service.styles import trained
+from service.threads import in_a_thread
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -121,7 +122,7 @@ def named(value: str) -> tuple[str, Path]:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     with tempfile.TemporaryDirectory(prefix="fastpeft-uploads-") as uploads:
-        service = make_service(options, Path(uploads))
+        service = in_a_thread(make_service, options, Path(uploads))
         print("models:", ", ".join(entry.name for entry in service.catalog.entries()), flush=True)
         uvicorn.run(
             create_app(service), host=options.host, port=options.port, log_level="warning",

@@ -33,6 +33,7 @@ from service.api import Limits, create_app
 from service.asgi import Head, answer
 from service.ingress import ASKS, Ingress
 from service.shared import SharedCatalog, link
+from service.threads import in_a_thread
 
 from fastpeft.serving import UnknownAdapterError
 
@@ -46,7 +47,8 @@ class Replica:
     def __init__(self, options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
         self._id = serve.get_replica_context().replica_id.unique_id
-        self._service = single.put_together(options, single.load(options.model), SharedCatalog, options.adapters)
+        base = in_a_thread(single.load, options.model)
+        self._service = single.put_together(options, base, SharedCatalog, options.adapters)
         self._app = create_app(self._service)
 
         # From this Ray's routers know which adapters were used here last, as many as the bank has room for. To them it

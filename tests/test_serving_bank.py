@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -437,6 +438,11 @@ def test_prefetching(folders: dict[str, Path]):
     for future in [bank.prefetch("b"), bank.prefetch("c")]:
         future.result(30)
     assert resident(bank) == {"b", "c"}
+    deadline = time.monotonic() + 30  # the thread ends with its work
+    while any(thread.name.startswith("fastpeft-prefetch") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert bank.prefetch("a").result(30) is None
     bank.close()
 
 

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from fastpeft.files import CONFIG, TENSORS
 from fastpeft.serving import AdapterBank, AdapterInUseError, UnknownAdapterError
+from service.threads import in_a_thread
 
 
 class CatalogFullError(RuntimeError):
@@ -113,7 +114,7 @@ class Catalog:
             for file, content in ((CONFIG, config), (TENSORS, tensors)):
                 with open(folder / file, "wb") as out:
                     shutil.copyfileobj(content, out)
-            self.bank.load(inner, folder, timeout=5.0)
+            in_a_thread(self.bank.load, inner, folder, timeout=5.0)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, (ValueError, TypeError, FileNotFoundError)):

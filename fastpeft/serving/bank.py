@@ -101,7 +101,8 @@ class AdapterBank:
         self._residency = Residency(sites, max_resident, max_rank, self.dtype, self._buffer)
         self._local = threading.local()
         self._bound: Plan | None = None
-        self._prefetcher: concurrent.futures.ThreadPoolExecutor | None = None
+        self._prefetcher: concurrent.futures.ThreadPoolExecutor | None = None  # while there is something to do
+        self._prefetching = 0
         self._prefetcher_lock = threading.Lock()
         self._model = model
         self._layers = list(layers.values())
@@ -194,7 +195,20 @@ class AdapterBank:
         with self._prefetcher_lock:
             if self._prefetcher is None:
                 self._prefetcher = concurrent.futures.ThreadPoolExecutor(1, "fastpeft-prefetch")
-            return self._prefetcher.submit(self._fetch, name)
+            self._prefetching += 1
+            future = self._prefetcher.submit(self._fetch, name)
+        future.add_done_callback(self._prefetched)
+        return future
+
+    def _prefetched(self, _: object) -> None:
+        """The thread ends with its work. One that has computed keeps others to compute with, and once there are more of
+        those than processors, none of them waits awake for the model's next product.
+        """
+        with self._prefetcher_lock:
+            self._prefetching -= 1
+            if not self._prefetching and self._prefetcher is not None:
+                self._prefetcher.shutdown(wait=False)
+                self._prefetcher = None
 
     def _fetch(self, name: str) -> None:
         self._residency.release(self._acquire([name], self.timeout).values())
@@ -296,8 +310,8 @@ class AdapterBank:
         """
         if adapted_layers(self._model):
             raise ValueError("model holds adapters, which were added after the bank and stand on it")
-        if self._prefetcher is not None:
-            self._prefetcher.shutdown(cancel_futures=True)
+        if (prefetcher := self._prefetcher) is not None:
+            prefetcher.shutdown(cancel_futures=True)
         for module in self._layers:
             detach(module)
         for hook in self._hooks:
