@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,45 @@ def test_a_plan_that_is_refilled(monkeypatch, bank, seen):
             assert torch.equal(bank._model(x), by_operators(monkeypatch, bank, x, rows))
     plan.close()
     assert seen
+
+
+def test_a_plan_in_two_threads_at_once(bank):
+    """What a layer keeps for rotated inputs is each thread's own."""
+    inputs = [randn(64, IN) for _ in range(2)]
+    plan = bank.plan(["boft"] * 64)
+    with torch.no_grad(), plan:
+        expected = [bank._model(x) for x in inputs]
+
+    def work(which: int) -> None:
+        with torch.no_grad(), plan:
+            for _ in range(50):
+                assert torch.equal(bank._model(inputs[which]), expected[which])
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(work, which) for which in range(2)]:
+            done.result()
+    plan.close()
+
+
+def test_a_base_that_returns_its_input(folders, seen):
+    """Gets memory of its own for every call."""
+
+    class Passing(nn.Linear):
+        def forward(self, input):
+            return input
+
+    model = nn.ModuleDict({"up": Passing(IN, IN), "q": Passing(IN, IN)}).requires_grad_(False)
+    bank = make_bank(model)
+    config = copy.deepcopy(OPTIONS["boft"])
+    config.target_modules = "all-linear"
+    root = folders["lora"].parent / "passing"
+    bank.load("boft", save_all(root, {"boft": config}, lambda: copy_of(IN))["boft"])
+    x = randn(2, IN)
+    with torch.no_grad(), bank.route(["boft", None]):
+        first = model["up"](x)
+        kept = first.clone()
+        model["q"](randn(2, IN))
+    assert seen and torch.equal(first, kept)
 
 
 @pytest.mark.parametrize("name", ["boft", "lora"])

@@ -8,6 +8,7 @@ ordinary, the operators are called.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ class Calls(NamedTuple):
     rows: Any  # _C.BatchRows
     rotates: bool
     numbers: int  # of the layer's output
+    spare: dict[int, Tensor]  # by thread: where a rotated input may lie
 
 
 def calls_of(plan: Plan, number: int, x: Any) -> Calls | None:
@@ -89,7 +91,21 @@ def _make(plan: Plan, number: int, x: Tensor) -> Calls | None:
     tokens = x.numel() // site.in_features
     if tokens not in plan.batch_rows:
         plan.batch_rows[tokens] = backend.extension.BatchRows(batch.packed.numpy())
-    return Calls(layer if families else None, plan.batch_rows[tokens], layer.rotates, tokens * site.out_features)
+    spare = plan.spares.setdefault((x.shape, x.dtype), {})
+    return Calls(layer if families else None, plan.batch_rows[tokens], layer.rotates, tokens * site.out_features, spare)
+
+
+def room_for(calls: Calls, x: Tensor) -> Tensor:
+    """Memory of this thread's like x, which every layer of the plan that rotates such an x may write to.
+
+    It is in the caches where fresh memory would not be.
+    """
+    thread = get_ident()
+    room = calls.spare.get(thread)
+    if room is None:
+        with torch.inference_mode(False):
+            room = calls.spare[thread] = torch.empty_like(x)
+    return room
 
 
 def _layer_calls(site: Site, number: int, dtype: torch.dtype, families: Iterable[tuple[int, FamilyTables]]) -> Any:

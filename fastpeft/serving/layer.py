@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.ops import base
-from fastpeft.serving.calls import Calls, calls_of
+from fastpeft.serving.calls import Calls, calls_of, room_for
 
 if TYPE_CHECKING:
     from fastpeft.serving.bank import AdapterBank
@@ -26,6 +26,7 @@ class Served(nn.Module):
     _bank: AdapterBank
     _number: int  # among the bank's layers
     _base_class: ClassVar[type[nn.Module]]
+    _linear: ClassVar[bool]  # whether it computes as nn.Linear does
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # named as nn.Linear names it
         plan = self._bank._current()
@@ -46,7 +47,8 @@ class Served(nn.Module):
             return super().forward(x, *args, **kwargs)
         z = x
         if calls.rotates:
-            z = torch.empty_like(x)
+            # What a linear layer returns is none of its input.
+            z = room_for(calls, x) if self._linear else torch.empty_like(x)
             calls.layer.before(calls.rows, x.data_ptr(), z.data_ptr())
         y = super().forward(z, *args, **kwargs)
         bias = getattr(self, "bias", None) if calls.rotates else None
@@ -128,7 +130,12 @@ def _with_gaps(z: Tensor) -> Tensor:
 @cache
 def served_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The serving subclass of a layer class, one for each."""
-    members = {"__reduce_ex__": _reduce_ex, "__module__": __name__, "_base_class": cls}
+    members = {
+        "__reduce_ex__": _reduce_ex,
+        "__module__": __name__,
+        "_base_class": cls,
+        "_linear": cls.forward is nn.Linear.forward,
+    }
     return type(f"Served[{cls.__name__}]", (Served, cls), members)
 
 

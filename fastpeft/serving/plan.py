@@ -59,6 +59,7 @@ class Plan:
         self._tokens: dict[int, tuple[Tensor, Batch]] = {}  # by rows for each entry
         self.calls: dict[tuple[int, torch.Size, torch.dtype], Calls | None] = {}  # of layers: see calls.py
         self.batch_rows: dict[int, Any] = {}  # for them: _C.BatchRows by rows of an input
+        self.spares: dict[tuple[torch.Size, torch.dtype], dict[int, Tensor]] = {}
         self._versions: dict[str, Version] = {}
         self._open = False
         versions = bank._acquire(rows, timeout)
