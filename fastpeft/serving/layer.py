@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from fastpeft.ops import base
 from fastpeft.serving.calls import Calls, calls_of, room_for
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from fastpeft.serving.bank import AdapterBank
     from fastpeft.serving.plan import Batch, Plan
 
+LINEAR = nn.Linear.forward
+
 
 class Served(nn.Module):
     """The part of a serving layer that does not depend on its base; comes before the base class."""
@@ -26,7 +29,6 @@ class Served(nn.Module):
     _bank: AdapterBank
     _number: int  # among the bank's layers
     _base_class: ClassVar[type[nn.Module]]
-    _linear: ClassVar[bool]  # whether it computes as nn.Linear does
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # named as nn.Linear names it
         plan = self._bank._current()
@@ -43,22 +45,28 @@ class Served(nn.Module):
 
     def _call(self, calls: Calls, plan: Plan, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """In two calls; what a base of another kind may return is left to the operators."""
-        if calls.layer is None:
+        layer, rows, rotates, numbers, _ = calls
+        if layer is None:
             return super().forward(x, *args, **kwargs)
-        z = x
-        if calls.rotates:
+        here, z, parameters = x.data_ptr(), x, self._parameters
+        # nn.Linear itself, whose parameters are at hand: asking a module for each by its name takes microseconds.
+        weight = parameters.get("weight") if self._base_class.forward is LINEAR and "bias" in parameters else None
+        if rotates:
             # What a linear layer returns is none of its input.
-            z = room_for(calls, x) if self._linear else torch.empty_like(x)
-            calls.layer.before(calls.rows, x.data_ptr(), z.data_ptr())
-        y = super().forward(z, *args, **kwargs)
-        bias = getattr(self, "bias", None) if calls.rotates else None
-        usual = (
-            type(y) is Tensor and y.dtype == x.dtype and y.numel() == calls.numbers and y.is_contiguous() and y.is_cpu
-        )
+            z = torch.empty_like(x) if weight is None else room_for(calls, x)
+            layer.before(rows, here, z.data_ptr())
+        if weight is None or args or kwargs:
+            y = super().forward(z, *args, **kwargs)
+            bias = getattr(self, "bias", None) if rotates else None
+        else:
+            bias = parameters["bias"]
+            y = linear(z, weight, bias)
+        usual = type(y) is Tensor and y.numel() == numbers and y.dtype == x.dtype and y.is_contiguous() and y.is_cpu
         if not usual or not (bias is None or (bias.dtype == y.dtype and bias.is_contiguous())):
             return self._adapted(plan.batch(x), x, y)
-        _check_forward_only(y)
-        calls.layer.after(calls.rows, x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr())
+        if y.requires_grad:
+            _check_forward_only(y)
+        layer.after(rows, here, y.data_ptr(), 0 if bias is None else bias.data_ptr())
         return y
 
     def _serve_cast(self, batch: Batch, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
