@@ -357,6 +357,7 @@ def test_one_too_many(served, folders):
 
 def test_health_and_metrics(served):
     assert served.http.get("/health").json() == {"status": "ok"}
+    served.http.post("/v1/completions", json={"model": "base", "prompt": "Hello", "max_tokens": 2}).raise_for_status()
     page = served.http.get("/metrics")
     assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
     lines = page.text.splitlines()

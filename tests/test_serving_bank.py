@@ -438,11 +438,13 @@ def test_prefetching(folders: dict[str, Path]):
     for future in [bank.prefetch("b"), bank.prefetch("c")]:
         future.result(30)
     assert resident(bank) == {"b", "c"}
+    assert bank.prefetch("b").done()  # nothing to bring in, and now c is the one that leaves
     deadline = time.monotonic() + 30  # the thread ends with its work
     while any(thread.name.startswith("fastpeft-prefetch") for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert bank.prefetch("a").result(30) is None
+    assert resident(bank) == {"a", "b"}
     bank.close()
 
 

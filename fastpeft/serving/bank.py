@@ -31,7 +31,7 @@ from fastpeft.nn.linear import site_of
 from fastpeft.serving.layer import Served, attach, detach
 from fastpeft.serving.memory import Buffer
 from fastpeft.serving.plan import Plan, Route
-from fastpeft.serving.residency import Residency
+from fastpeft.serving.residency import Residency, UnknownAdapterError
 from fastpeft.serving.source import check_name, to_source
 from fastpeft.serving.version import Version
 
@@ -190,8 +190,16 @@ class AdapterBank:
         """Brings an adapter in, beside serving, in a thread of the bank's own.
 
         Returns:
-            A future of None, or of what ``route`` would have raised.
+            A future of None, or of what ``route`` would have raised. It is done where the adapter is there already.
         """
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        try:
+            if self._residency.use(name):
+                done.set_result(None)
+                return done
+        except UnknownAdapterError as error:
+            done.set_exception(error)
+            return done
         with self._prefetcher_lock:
             if self._prefetcher is None:
                 self._prefetcher = concurrent.futures.ThreadPoolExecutor(1, "fastpeft-prefetch")

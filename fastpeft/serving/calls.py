@@ -48,7 +48,8 @@ def calls_of(plan: Plan, number: int, x: Any) -> Calls | None:
     key = number, x.shape, x.dtype
     found = plan.calls.get(key, _UNKNOWN)
     if found is _UNKNOWN:
-        found = plan.calls[key] = _make(plan, number, x)
+        _enter(plan, number, x)
+        found = plan.calls[key]
     return found if found is not None and _unwatched(x) else None
 
 
@@ -71,28 +72,34 @@ def _unwatched(x: Tensor) -> bool:
     )
 
 
-def _make(plan: Plan, number: int, x: Tensor) -> Calls | None:
-    site = plan._bank.sites[number]
-    if backend.extension is None or not x.is_cpu or x.dtype not in DTYPES or x.numel() == 0:
-        return None
-    base.check_input(x, site.in_features, None)
-    batch = plan.batch(x)
-    families = tuple(
-        (family, tables)
-        for family, tables, touched, _, _ in (*batch.rotations, *batch.deltas)
-        if touched >> number & 1 and tables.layers[number] is not None
-    )
-    kept, key = plan._bank._residency.layer_calls, (number, x.dtype, families)
-    layer = kept.get(key, _UNKNOWN)
-    if layer is _UNKNOWN:
-        layer = kept[key] = _layer_calls(site, number, x.dtype, families)
-    if layer is None:
-        return None
-    tokens = x.numel() // site.in_features
-    if tokens not in plan.batch_rows:
-        plan.batch_rows[tokens] = backend.extension.BatchRows(batch.packed.numpy())
-    spare = plan.spares.setdefault((x.shape, x.dtype), {})
-    return Calls(layer if families else None, plan.batch_rows[tokens], layer.rotates, tokens * site.out_features, spare)
+def _enter(plan: Plan, number: int, x: Tensor) -> None:
+    """The calls of a layer for x, and of all others that take its like: between two products each would take longer."""
+    sites, shape, dtype = plan._bank.sites, x.shape, x.dtype
+    extension = backend.extension
+    if extension is None or not x.is_cpu or dtype not in DTYPES or x.numel() == 0:
+        plan.calls[number, shape, dtype] = None
+        return
+    base.check_input(x, sites[number].in_features, None)
+    batch, kept = plan.batch(x), plan._bank._residency.layer_calls
+    tokens = x.numel() // shape[-1]
+    rows, spare = extension.BatchRows(batch.packed.numpy()), plan.spares.setdefault((shape, dtype), {})
+    groups = [(group.family, group.tables, group.touched) for group in (*batch.rotations, *batch.deltas)]
+    for other, site in enumerate(sites):
+        if site.in_features != shape[-1]:
+            continue
+        families = tuple(
+            (family, tables)
+            for family, tables, touched in groups
+            if touched >> other & 1 and tables.layers[other] is not None
+        )
+        key = other, dtype, families
+        layer = kept.get(key, _UNKNOWN)
+        if layer is _UNKNOWN:
+            layer = kept[key] = _layer_calls(site, other, dtype, families)
+        numbers = tokens * site.out_features
+        plan.calls[other, shape, dtype] = (
+            None if layer is None else Calls(layer if families else None, rows, layer.rotates, numbers, spare)
+        )
 
 
 def room_for(calls: Calls, x: Tensor) -> Tensor:

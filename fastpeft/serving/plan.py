@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,6 @@ class Plan:
         self._batches: dict[tuple[int, ...], Batch] = {}  # by leading shape
         self._tokens: dict[int, tuple[Tensor, Batch]] = {}  # by rows for each entry
         self.calls: dict[tuple[int, torch.Size, torch.dtype], Calls | None] = {}  # of layers: see calls.py
-        self.batch_rows: dict[int, Any] = {}  # for them: _C.BatchRows by rows of an input
         self.spares: dict[tuple[torch.Size, torch.dtype], dict[int, Tensor]] = {}
         self._versions: dict[str, Version] = {}
         self._open = False

@@ -289,6 +289,21 @@ class Residency:
                     return versions
             self._wait_for_an_end(ends, deadline, versions.values())
 
+    def use(self, name: str) -> bool:
+        """Whether an adapter is resident, and then the most recently used one.
+
+        Raises:
+            UnknownAdapterError: the name is nobody's.
+        """
+        with self._changed:
+            self._drain()
+            version = self._find(name)
+            if version not in self._resident:
+                return False
+            self.counts["hits"] += 1
+            self._resident.move_to_end(version)
+            return True
+
     def release(self, versions: Iterable[Version], families: Iterable[FamilyTables] = ()) -> None:
         self._record()
         with self._changed:
