@@ -6,6 +6,7 @@
 #include <pybind11/numpy.h>
 
 #include <initializer_list>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -39,6 +40,19 @@ Arena arena_of(const Array<float>& arena, const char* name, int64_t width) {
   check(arena, name, {-1, width});
   return {arena.data(), arena.shape(0), width};
 }
+
+// Python's lock, given up for calls that are long enough for another thread to use it. Those of a decoding batch end
+// sooner than a thread that waits wakes up, and getting the lock back from that one would take longer than the call.
+class MaybeReleased {
+ public:
+  explicit MaybeReleased(int64_t tokens) {
+    if (tokens > kFew) release_.emplace();
+  }
+
+ private:
+  static constexpr int64_t kFew = 64;
+  std::optional<py::gil_scoped_release> release_;
+};
 
 // The rows of a batch, see fastpeft/serving/plan.py: for each family of the plan its rows and their slots. They are
 // read at every call, since a plan is refilled in place.
@@ -118,7 +132,7 @@ class LayerCalls {
 
   // z = x as the rotations have it, both (tokens, in) without gaps.
   void before(const BatchRows& rows, uintptr_t x, uintptr_t z) const {
-    const py::gil_scoped_release release;
+    const MaybeReleased release(rows.tokens());
     const Matrix source = matrix(x, in_), target = matrix(z, in_);
     std::vector<char> named(rows.tokens());
     Works works;
@@ -131,7 +145,7 @@ class LayerCalls {
 
   // What is done to y, (tokens, out) without gaps; bias (out,) of its dtype, or 0.
   void after(const BatchRows& rows, uintptr_t x, uintptr_t y, uintptr_t bias) const {
-    const py::gil_scoped_release release;
+    const MaybeReleased release(rows.tokens());
     const Matrix source = matrix(x, in_), target = matrix(y, out_);
     std::vector<char> named(rows.tokens());  // a row has one adapter, so that no two tasks write to it
     Works works;
