@@ -13,6 +13,7 @@ from helpers import IN, randn
 from serving_models import OPTIONS, make_bank, save_all
 from small_models import Model
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft import backend
@@ -185,6 +186,32 @@ def test_what_a_base_of_another_kind_returns(monkeypatch, folders, seen):
         patch.setattr(layer, "calls_of", lambda *_: None)
         assert torch.equal(model["up"](x), found)
     assert seen and found.dtype == torch.float64
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized", "patched"])
+def test_a_base_that_has_changed_since(monkeypatch, folders, seen, how):
+    """Computes with what it has now, which need not be parameters of its own."""
+    model = Model().requires_grad_(False)
+    bank = make_bank(model, folders)
+    x = randn(len(MIXED), IN)
+    before = served(bank, x)
+    seen.clear()
+    for module in bank._layers:
+        if how == "pruned":
+            for name, _ in list(module.named_parameters()):
+                prune.l1_unstructured(module, name, 0.5)
+        elif how == "parametrized":
+            parametrize.register_parametrization(module, "weight", Halved())
+    if how == "patched":
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: nn.functional.linear(x, 2 * self.weight, self.bias))
+    found = served(bank, x)
+    assert len(seen) == len(bank.sites)
+    assert torch.equal(found, by_operators(monkeypatch, bank, x)) and not torch.equal(found, before)
 
 
 def copy_of(features: int) -> nn.ModuleDict:
