@@ -188,6 +188,17 @@ def test_what_a_base_of_another_kind_returns(monkeypatch, folders, seen):
     assert seen and found.dtype == torch.float64
 
 
+@pytest.mark.parametrize("name", ["boft", "lora"])
+def test_an_input_from_elsewhere(bank, name):
+    """Is an error, also where one of its shape was here before: nothing is read from where it is not."""
+    x = randn(2, IN)
+    with torch.no_grad(), bank.route([name, None]):
+        bank._model(x)
+        with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
+            bank._model(x.to("meta"))
+        bank._model(x)
+
+
 class Halved(nn.Module):
     def forward(self, weight):
         return weight / 2

@@ -45,12 +45,12 @@ Arena arena_of(const Array<float>& arena, const char* name, int64_t width) {
 // sooner than a thread that waits wakes up, and getting the lock back from that one would take longer than the call.
 class MaybeReleased {
  public:
-  explicit MaybeReleased(int64_t tokens) {
-    if (tokens > kFew) release_.emplace();
+  explicit MaybeReleased(int64_t numbers) {
+    if (numbers > kFew) release_.emplace();
   }
 
  private:
-  static constexpr int64_t kFew = 64;
+  static constexpr int64_t kFew = 1 << 17;  // of x and y: 32 rows of 2048 features each
   std::optional<py::gil_scoped_release> release_;
 };
 
@@ -132,7 +132,7 @@ class LayerCalls {
 
   // z = x as the rotations have it, both (tokens, in) without gaps.
   void before(const BatchRows& rows, uintptr_t x, uintptr_t z) const {
-    const MaybeReleased release(rows.tokens());
+    const MaybeReleased release(rows.tokens() * (in_ + out_));
     const Matrix source = matrix(x, in_), target = matrix(z, in_);
     std::vector<char> named(rows.tokens());
     Works works;
@@ -145,7 +145,7 @@ class LayerCalls {
 
   // What is done to y, (tokens, out) without gaps; bias (out,) of its dtype, or 0.
   void after(const BatchRows& rows, uintptr_t x, uintptr_t y, uintptr_t bias) const {
-    const MaybeReleased release(rows.tokens());
+    const MaybeReleased release(rows.tokens() * (in_ + out_));
     const Matrix source = matrix(x, in_), target = matrix(y, out_);
     std::vector<char> named(rows.tokens());  // a row has one adapter, so that no two tasks write to it
     Works works;

@@ -62,7 +62,8 @@ _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_ena
 def _unwatched(x: Tensor) -> bool:
     """Whether nobody would miss the operators, and x is as the calls take it."""
     return (
-        x.is_contiguous()
+        x.is_cpu
+        and x.is_contiguous()
         and not (x.requires_grad and _is_grad_enabled())
         and not _autocast()
         and not _functorch()
