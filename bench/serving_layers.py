@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import fastpeft
 from fastpeft.files import CONFIG, TENSORS
+from fastpeft.ops.boft_many import reflectors_width
 from fastpeft.serving import AdapterBank
 
 # Rows of all four methods in one batch: of the largest adapters, or of smaller ones.
@@ -59,7 +60,7 @@ def bytes_of(method: str, size: tuple[int, int]) -> int:
     if "n_frequency" in options:
         return 4 * options["n_frequency"]
     factors, block = options["boft_n_butterfly_factor"], options["boft_block_size"]
-    return 4 * (factors * block * size[0] + size[1])
+    return 4 * (reflectors_width(size[0], block, factors) + size[1])
 
 
 class Adapters:

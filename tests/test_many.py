@@ -11,7 +11,14 @@ from torch import Tensor
 
 import fastpeft
 from fastpeft import reference
-from fastpeft.ops.boft_many import BOFT_ROTATE_MANY, BOFT_SCALE_MANY, boft_rotate_many, boft_scale_many_
+from fastpeft.ops.boft_many import (
+    BOFT_ROTATE_MANY,
+    BOFT_SCALE_MANY,
+    boft_reflectors,
+    boft_rotate_many,
+    boft_scale_many_,
+    strip_features,
+)
 from fastpeft.ops.fourierft_many import FOURIER_MANY, fourier_many_
 from fastpeft.ops.low_rank_many import LOW_RANK_MANY, low_rank_many_
 from fastpeft.ops.many import plan_rows
@@ -99,23 +106,36 @@ def low_rank_bank(sizes: tuple[int, int], ranks: tuple[int, ...], shards: int, d
     return Bank(sizes, tables, call, exact, len(ranks))
 
 
+def rotation_of(row: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """R, from a row of the arena as the docstring has it: block k is at place k mod S/b of strip k div S/b."""
+    factors, n_blocks, b, _ = shape
+    in_strip = strip_features(n_blocks * b, b, factors) // b
+    numbers = row.view(factors, in_strip, -1, n_blocks // in_strip)
+    blocks = torch.empty(shape, dtype=row.dtype)
+    for factor in range(factors):
+        for k in range(n_blocks):
+            reflectors = numbers[factor, k % in_strip, :, k // in_strip]
+            blocks[factor, k] = reference.boft.reflected_blocks(reflectors, b)
+    return reference.boft.butterfly_matrix(blocks)
+
+
 def rotation_bank(features: int, block_size: int, factors: int, dtype: torch.dtype) -> Bank:
     generator = torch.Generator().manual_seed(0)
     shape = factors, features // block_size, block_size, block_size
     trained = [0.3 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(5)]
-    blocks = [reference.boft.boft_blocks(boft_R).flatten()[None] for boft_R in trained]
-    arena, where = scattered(blocks, generator, dtype)
-    tables = {"arena_blocks": arena, "row_blocks": torch.tensor([*map(int, where), -1], dtype=torch.int32)}
+    found = [boft_reflectors(boft_R, factors) for boft_R in trained]
+    arena, where = scattered(found, generator, dtype)
+    tables = {"arena_reflectors": arena, "row_reflectors": torch.tensor([*map(int, where), -1], dtype=torch.int32)}
 
     def call(y, x, tables, rows, slots):
         return boft_rotate_many(x, *tables.values(), factors, block_size, rows, slots)
 
-    R = [reference.boft.butterfly_matrix(arena[int(row)].double().view(shape)) for row in where]
+    R = [rotation_of(arena[int(row)].double(), shape) for row in where]
 
     def exact(y, x, slot, dtype):
         return x @ R[slot]
 
-    return Bank((features, features), tables, call, exact, len(blocks) + 1)
+    return Bank((features, features), tables, call, exact, len(found) + 1)
 
 
 def scale_bank(features: int, with_bias: bool, dtype: torch.dtype) -> Bank:
@@ -216,7 +236,7 @@ def expected(bank: Bank, y: Tensor, x: Tensor, adapter: Tensor) -> Tensor:
 def check(bank: Bank, found: Tensor, y: Tensor, x: Tensor, adapter: Tensor) -> None:
     exact = expected(bank, y, x, adapter)
     changed = ~exact[:, 0].isnan()
-    before = x if found.shape == x.shape and "arena_blocks" in bank.tables else y
+    before = x if found.shape == x.shape and "arena_reflectors" in bank.tables else y
     assert torch.equal(found[~changed], before[~changed])
     if not changed.any():
         return
@@ -301,7 +321,7 @@ def test_hostile_tables(name, backend):
     """What a batch does not need is not looked at; what it needs is."""
     bank = BANKS[name](torch.float32)
     y, x, _ = bank.batch(3, torch.float32)
-    numbers = {"rank", "row_blocks", "row_scale", "row_spectrum", "place", "index_A", "index_B", "places"}
+    numbers = {"rank", "row_reflectors", "row_scale", "row_spectrum", "place", "index_A", "index_B", "places"}
     with fastpeft.use_backend(backend):
         right = bank.run(y, x, [1, -1, 1])
         for table in numbers & bank.tables.keys():
@@ -348,7 +368,7 @@ def test_strides(name, backend):
         right = bank.run(y, x, adapter)
         assert torch.equal(bank.run(y, torch.nn.functional.pad(x, (3, 2))[:, 3:-2], adapter), right)
         assert torch.equal(bank.run(y, x.T.contiguous().T, adapter), right)
-        if "arena_blocks" not in bank.tables:
+        if "arena_reflectors" not in bank.tables:
             wide = torch.nn.functional.pad(y, (1, 2))
             rows, slots = plan_rows(adapter.int(), bank.slots)
             bank.call(wide[:, 1:-2], x, bank.tables, rows, slots)

@@ -235,7 +235,7 @@ def test_numbers_that_lead_outside(folders):
     bank = make_bank(model, folders)
     x = randn(len(MIXED), IN)
     for tables in bank._residency.families():
-        for name in ("index_A", "index_B", "rank", "row_blocks", "row_scale", "row_spectrum", "place"):
+        for name in ("index_A", "index_B", "rank", "row_reflectors", "row_scale", "row_spectrum", "place"):
             if name in tables._tables:
                 kept = tables._tables[name].clone()
                 for number in (1 << 30, -(1 << 30)):

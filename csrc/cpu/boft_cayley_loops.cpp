@@ -2,7 +2,8 @@
 //
 // Q (I + S) = I - S is solved by elimination without pivoting: the symmetric part of I + S is the identity, so no pivot
 // is below one. But factors grow with S, and lose digits: where an entry of S is above one a step of refinement gives
-// them back. Cost: 4/3 b^3 multiply-adds forward, 2 b^3 more to refine, 2 b^3 back, of whole vectors.
+// them back. Cost: 4/3 b^3 multiply-adds forward, 2 b^3 more to refine, 2/3 b^3 more for reflections, 2 b^3 back, of
+// whole vectors.
 #include "cpu/boft_cayley_loops.h"
 
 #include "cpu/simd.h"
@@ -26,15 +27,15 @@ constexpr int64_t kTogether = kSize == 0  ? 1
                               : kSize < 8 ? kSize
                                           : 8;
 
-// Missing blocks are zeros.
+// Blocks `apart` floats from each other; missing ones are zeros.
 template <int64_t kSize>
-void load_blocks(const float* blocks, int64_t count, Matrix<kSize> to) {
+void load_blocks(const float* blocks, int64_t apart, int64_t count, Matrix<kSize> to) {
   const int64_t entries = to.size() * to.size();
   for (int64_t e = 0; e < entries; e += kLanes) {
     const int64_t width = entries - e < kLanes ? entries - e : kLanes;
     Vector rows[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const float* from = blocks + lane * entries + e;
+      const float* from = blocks + lane * apart + e;
       rows[lane] = lane >= count ? Vector{} : width == kLanes ? load_vector(from) : load_some(from, width);
     }
     transpose(rows);
@@ -109,11 +110,12 @@ bool is_large(Matrix<kSize> m) {
   return any != 0;
 }
 
+// Q in scratch, one block per lane.
 template <int64_t kSize>
-void fwd_size(const float* r, int64_t count, int64_t runtime_block, float* q, float* scratch) {
+Matrix<kSize> transform(const float* r, int64_t apart, int64_t count, int64_t runtime_block, float* scratch) {
   const int64_t block = kSize ? kSize : runtime_block, entries = block * block;
   const Matrix<kSize> lu{reinterpret_cast<Vector*>(scratch), block}, result{lu.data + entries, block};
-  load_blocks(r, count, lu);
+  load_blocks(r, apart, count, lu);
   take_skew_part(lu);
   const bool refine = is_large(lu);
   for (int64_t i = 0; i < block; ++i) {
@@ -131,7 +133,7 @@ void fwd_size(const float* r, int64_t count, int64_t runtime_block, float* q, fl
   solve(lu, result);
   if (refine) {
     const Matrix<kSize> s{result.data + entries, block}, rest{s.data + entries, block};
-    load_blocks(r, count, s);
+    load_blocks(r, apart, count, s);
     take_skew_part(s);
     for (int64_t i = 0; i < block; ++i) {  // I - S - Q (I + S)
       for (int64_t j = 0; j < block; ++j) {
@@ -143,7 +145,39 @@ void fwd_size(const float* r, int64_t count, int64_t runtime_block, float* q, fl
     solve(lu, rest);
     for (int64_t e = 0; e < entries; ++e) result.data[e] += rest.data[e];
   }
-  store_blocks(result, count, q);
+  return result;
+}
+
+// Householder's QR of orthogonal blocks, as reference.boft.reflectors has it. store(n, number) is called for the
+// numbers of a block in their order.
+template <int64_t kSize, typename Store>
+void factor_into_reflections(Matrix<kSize> q, Store store) {
+  constexpr float kRounding = 0x1p-46f;  // of float32, squared
+  const int64_t block = q.size();
+  int64_t n = 0;
+  for (int64_t j = 0; j + 1 < block; ++j) {
+    const auto length = [&] {  // of the column below the diagonal, squared
+      Vector sum = {};
+      for (int64_t i = j + 1; i < block; ++i) sum += q(i, j) * q(i, j);
+      return sum;
+    };
+    const Vector first = q(j, j), below = length();
+    const auto negative = first < 0.0f;
+    // 1 + first, where that cancels from what the column's length is known to be. Half a turn, which has no such v,
+    // becomes one of a little less.
+    q(j + 1, j) = negative && below < kRounding * kRounding ? Vector{} + kRounding : q(j + 1, j);
+    const Vector height = negative ? length() / (1.0f - first) : 1.0f + first;
+    for (int64_t i = j + 1; i < block; ++i) q(i, j) /= height;
+    const Vector tau = 2.0f / (1.0f + length());
+    store(n++, tau);
+    for (int64_t i = j + 1; i < block; ++i) store(n++, q(i, j));
+    for (int64_t c = j + 1; c < block; ++c) {
+      Vector sum = q(j, c);
+      for (int64_t i = j + 1; i < block; ++i) sum += q(i, j) * q(i, c);
+      const Vector step = tau * sum;
+      for (int64_t i = j + 1; i < block; ++i) q(i, c) -= q(i, j) * step;
+    }
+  }
 }
 
 template <int64_t kSize>
@@ -151,8 +185,8 @@ void bwd_size(const float* grad, const float* q, int64_t count, int64_t runtime_
   const int64_t block = kSize ? kSize : runtime_block;
   const Matrix<kSize> g{reinterpret_cast<Vector*>(scratch), block}, p{g.data + block * block, block},
       product{p.data + block * block, block};
-  load_blocks(grad, count, g);
-  load_blocks(q, count, p);
+  load_blocks(grad, block * block, count, g);
+  load_blocks(q, block * block, count, p);
   for (int64_t i = 0; i < block; ++i) p(i, i) += 1.0f;
   constexpr int64_t kColumns = kTogether<kSize>;
   for (int64_t i = 0; i < block; ++i) {  // P^T G
@@ -200,7 +234,22 @@ inline void with_size(int64_t block, Call call) {
 }
 
 void fwd(const float* r, int64_t count, int64_t block, float* q, float* scratch) {
-  with_size(block, [&]<int64_t kSize>() { fwd_size<kSize>(r, count, block, q, scratch); });
+  with_size(block, [&]<int64_t kSize>() {
+    store_blocks(transform<kSize>(r, block * block, count, block, scratch), count, q);
+  });
+}
+
+void reflectors(const float* r, int64_t apart, int64_t count, int64_t block, float* numbers, int64_t lanes,
+                float* scratch) {
+  with_size(block, [&]<int64_t kSize>() {
+    factor_into_reflections(transform<kSize>(r, apart, count, block, scratch), [&](int64_t n, Vector number) {
+      if (count == kLanes) {
+        store_vector(numbers + n * lanes, number);
+      } else {
+        store_some(numbers + n * lanes, number, count);
+      }
+    });
+  });
 }
 
 void bwd(const float* grad, const float* q, int64_t count, int64_t block, float* dr, float* scratch) {
@@ -209,6 +258,6 @@ void bwd(const float* grad, const float* q, int64_t count, int64_t block, float*
 
 }  // namespace
 
-const CayleyLoops cayley = {kLanes, scratch_floats, fwd, bwd};
+const CayleyLoops cayley = {kLanes, scratch_floats, fwd, reflectors, bwd};
 
 }  // namespace fastpeft::FASTPEFT_ISA

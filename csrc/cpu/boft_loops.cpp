@@ -211,13 +211,6 @@ void fwd(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, Rows
   });
 }
 
-void fwd_by_rows(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, Rows x, const float* blocks,
-                 MutableRows y, float* scratch) {
-  dispatch(shape, [&]<typename T, int B>() {
-    fwd_rows<T, B>(shape, range, tokens, x.data, x.stride, blocks, y.data, y.stride, scratch);
-  });
-}
-
 void bwd(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, Rows grad, Rows x, const float* blocks,
          MutableRows dx, float* dblocks, float* scratch) {
   dispatch(shape, [&]<typename T, int B>() {
@@ -288,6 +281,6 @@ void scale_bwd(Scalar scalar, int64_t tokens, int64_t first, int64_t last, Rows 
 
 }  // namespace
 
-const ButterflyLoops butterfly = {fwd, fwd_by_rows, bwd, scale_fwd, scale_bwd};
+const ButterflyLoops butterfly = {fwd, bwd, scale_fwd, scale_bwd};
 
 }  // namespace fastpeft::FASTPEFT_ISA

@@ -38,10 +38,6 @@ struct ButterflyLoops {
   void (*fwd)(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, Rows x,
               const float* blocks,  // [m, d/b, b, b]
               MutableRows y, float* scratch);
-  // The same for any number of tokens without tiles of them: sums of a token in one order, however many there are.
-  void (*fwd_by_rows)(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, Rows x,
-                      const float* blocks,  // [m, d/b, b, b]
-                      MutableRows y, float* scratch);
   // dx (whose data may be null) and, added up over the tokens, dblocks (or null). x is read for dblocks alone.
   void (*bwd)(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, Rows grad, Rows x,
               const float* blocks,  // [m, d/b, b, b]

@@ -1,9 +1,8 @@
 // The operators fastpeft::boft_rotate_many and boft_scale_many_ on CPU tensors: BOFT, every row of x with an adapter of
 // its own. Schemas and fakes: fastpeft/ops/boft_many.py.
 //
-// Floor, for 32 rows with 32 adapters: 4 m b in bytes of blocks for each, read once, 2 MiB at (b, m) = (8, 2) and 1024
-// features; one multiply-add for each number. A row of a block is a vector (cpu/boft_rows.h), for every number of rows,
-// so that their sums have one order.
+// Floor, for 32 rows with 32 adapters: 2 m (b + 1 - 2 / b) in bytes of reflectors for each, read once, 1.1 MiB at
+// (b, m) = (8, 2) and 1024 features; two multiply-adds for each number.
 #include <string.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,7 +10,9 @@
 #include <optional>
 #include <vector>
 
+#include "common/boft_reflectors.h"
 #include "cpu/boft_loops.h"
+#include "cpu/boft_many_loops.h"
 #include "cpu/many_tensors.h"
 #include "cpu/scratch.h"
 
@@ -22,6 +23,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 const ButterflyLoops& loops() { return FASTPEFT_ACTIVE(butterfly); }
+const ButterflyManyLoops& many_loops() { return FASTPEFT_ACTIVE(butterfly_many); }
 
 // The segments of slots that have a row of the arena, and those rows.
 struct ArenaRows {
@@ -37,26 +39,26 @@ struct ArenaRows {
 class RotationWork : public Work {
  public:
   RotationWork(const RotationTables& tables, const Batch& batch, const Matrix& x, const Matrix& z, int64_t features)
-      : shape_{features, tables.block, tables.factors, x.scalar},
+      : shape_{features, tables.block, tables.factors, strip_features(features, tables.block, tables.factors),
+               x.scalar},
         x_(x),
         z_(z),
-        blocks_(tables.blocks, tables.row, tables.slots, "row_blocks", batch) {
-    tasks = int64_t(blocks_.data.size());
+        reflectors_(tables.reflectors, tables.row, tables.slots, "row_reflectors", batch) {
+    tasks = int64_t(reflectors_.data.size());
     size = features * tables.block * tables.factors;
   }
 
   void run(int64_t task) const override {
-    const ButterflyRange range{0, shape_.features};
-    const Segment& segment = blocks_.segments[task];
-    Scratch scratch(butterfly_scratch_floats(shape_, range, false));
-    loops().fwd_by_rows(shape_, range, segment.count, segment.of(x_), blocks_.data[task], segment.into(z_),
+    const Segment& segment = reflectors_.segments[task];
+    Scratch scratch(many_loops().scratch_floats(shape_));
+    many_loops().rotate(shape_, segment.count, segment.of(x_), reflectors_.data[task], segment.into(z_),
                         scratch.data());
   }
 
  private:
-  ButterflyShape shape_;
+  ReflectorShape shape_;
   Matrix x_, z_;
-  ArenaRows blocks_;
+  ArenaRows reflectors_;
 };
 
 class CopyWork : public Work {
@@ -86,39 +88,47 @@ class ScaleWork : public Work {
  public:
   ScaleWork(const ScaleTables& tables, const Batch& batch, const void* bias, const Matrix& y)
       : features_(tables.scale.width),
-        bias_(bias),
+        bias_(static_cast<const char*>(bias)),
         y_(y),
         rows_(tables.scale, tables.row, tables.slots, "row_scale", batch) {
-    tasks = int64_t(rows_.data.size());
-    size = features_;
+    const int64_t most = torch::stable::get_num_threads();
+    columns_ = std::max<int64_t>(16, (features_ / most + 15) / 16 * 16);
+    const int64_t parts = (features_ + columns_ - 1) / columns_;
+    tasks = parts * int64_t(rows_.data.size());
+    size = columns_;
   }
 
+  // Columns in as many parts as there are threads, because that is how a product of few rows leaves y in their caches.
   void run(int64_t task) const override {
-    const Segment& segment = rows_.segments[task];
-    loops().scale_fwd(y_.scalar, segment.count, features_, segment.of(y_), bias_, rows_.data[task], segment.into(y_));
+    const int64_t rows = int64_t(rows_.data.size()), first = task / rows * columns_, row = task % rows;
+    const Segment& segment = rows_.segments[row];
+    const Matrix part{static_cast<char*>(y_.data) + first * y_.element_size(), y_.stride, y_.scalar};
+    loops().scale_fwd(y_.scalar, segment.count, std::min(columns_, features_ - first), segment.of(part),
+                      bias_ == nullptr ? nullptr : bias_ + first * y_.element_size(), rows_.data[row] + first,
+                      segment.into(part));
   }
 
  private:
-  int64_t features_;
-  const void* bias_;
+  int64_t features_, columns_;
+  const char* bias_;
   Matrix y_;
   ArenaRows rows_;
 };
 
-Tensor boft_rotate_many(const Tensor& x, const Tensor& arena_blocks, const Tensor& row_blocks, int64_t factors,
+Tensor boft_rotate_many(const Tensor& x, const Tensor& arena_reflectors, const Tensor& row_reflectors, int64_t factors,
                         int64_t block, const Tensor& rows, const Tensor& slots) {
   const Matrix source = matrix_of(x, "x");
   const int64_t tokens = x.size(0), d = x.size(1);
   STD_TORCH_CHECK(factors > 0 && block > 0 && d % block == 0 &&
                       (factors == 1 || (block % 2 == 0 && factors < 32 && d % (block << (factors - 1)) == 0)),
                   factors, " factors of block size ", block, " do not fit ", d, " features");
-  const Arena arena = arena_of(arena_blocks, "arena_blocks", factors * d * block);
-  check_table(row_blocks, "row_blocks", ScalarType::Int, {-1});
+  const Arena arena = arena_of(arena_reflectors, "arena_reflectors", factors * (d / block) * reflector_numbers(block));
+  check_table(row_reflectors, "row_reflectors", ScalarType::Int, {-1});
   std::vector<char> named(tokens);
   const Batch batch = batch_of(rows, slots, named);
   const Tensor z = allocate(x, {tokens, d});
   if (z.numel() == 0) return z;
-  const RotationTables tables{arena, data_of<int32_t>(row_blocks), row_blocks.size(0), factors, block};
+  const RotationTables tables{arena, data_of<int32_t>(row_reflectors), row_reflectors.size(0), factors, block};
   const Matrix target{z.mutable_data_ptr(), d, source.scalar};
   Works works;
   works.push_back(rotation_work(tables, batch, source, target, d));

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/boft_reflectors.h"
 #include "cpu/many.h"
 
 namespace py = pybind11;
@@ -99,18 +100,20 @@ class LayerCalls {
                                          index_A.data(), index_B.data(), rank.data(), scaling.data(), count, r_max, l});
   }
 
-  void boft(int64_t family, const Array<float>& arena_blocks, const Array<int32_t>& row_blocks,
+  void boft(int64_t family, const Array<float>& arena_reflectors, const Array<int32_t>& row_reflectors,
             const Array<float>& arena_scale, const Array<int32_t>& row_scale, int64_t factors, int64_t block_size) {
     check_family(family);
     if (factors < 1 || factors > 31 || block_size < 1 || block_size > in_ || in_ % block_size ||
         (factors > 1 && (block_size % 2 || in_ % (block_size << (factors - 1))))) {
       throw py::value_error("factors and block_size must fit the features");
     }
-    check(row_blocks, "row_blocks", {-1});
-    check(row_scale, "row_scale", {row_blocks.shape(0)});
-    keep({arena_blocks, row_blocks, arena_scale, row_scale});
-    rotations_.emplace_back(family, RotationTables{arena_of(arena_blocks, "arena_blocks", factors * in_ * block_size),
-                                                   row_blocks.data(), row_blocks.shape(0), factors, block_size});
+    check(row_reflectors, "row_reflectors", {-1});
+    check(row_scale, "row_scale", {row_reflectors.shape(0)});
+    keep({arena_reflectors, row_reflectors, arena_scale, row_scale});
+    const int64_t width = factors * (in_ / block_size) * reflector_numbers(block_size);
+    rotations_.emplace_back(family,
+                            RotationTables{arena_of(arena_reflectors, "arena_reflectors", width), row_reflectors.data(),
+                                           row_reflectors.shape(0), factors, block_size});
     scales_.emplace_back(family,
                          ScaleTables{arena_of(arena_scale, "arena_scale", out_), row_scale.data(), row_scale.shape(0)});
   }
@@ -194,7 +197,7 @@ void bind_layer_calls(py::module_& m) {
            py::arg("out_features"))
       .def("low_rank", &LayerCalls::low_rank, py::arg("family"), table("arena_A"), table("index_A"), table("arena_B"),
            table("index_B"), table("rank"), table("scaling"))
-      .def("boft", &LayerCalls::boft, py::arg("family"), table("arena_blocks"), table("row_blocks"),
+      .def("boft", &LayerCalls::boft, py::arg("family"), table("arena_reflectors"), table("row_reflectors"),
            table("arena_scale"), table("row_scale"), py::arg("factors"), py::arg("block_size"))
       .def("fourier", &LayerCalls::fourier, py::arg("family"), table("arena_spectrum"), table("row_spectrum"),
            table("places"), table("place"), table("scaling"))

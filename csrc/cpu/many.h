@@ -95,33 +95,44 @@ class Work {
 
 using Works = std::vector<std::unique_ptr<Work>>;
 
-// All tasks, by as many threads as they are worth. Whoever is free takes the next one: what a row gets does not depend
-// on who computes it.
+// All tasks, by as many threads as they are worth. Each begins with a share of its own, so that what a thread has had
+// in its cache comes back to it, and whoever is done helps the others: what a row gets does not depend on who computes.
 inline void run_all(const Works& works) {
   constexpr int64_t kThreadSize = 1 << 14;
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
   int64_t tasks = 0, size = 0;
   for (const auto& work : works) {
     tasks += work->tasks;
     size += work->tasks * work->size;
   }
-  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>({tasks, torch::stable::get_num_threads(), 1 + size / kThreadSize});
+  std::vector<Share> shares(threads);
+  for (int64_t i = 0; i < threads; ++i) {
+    shares[i].next = tasks * i / threads;
+    shares[i].end = tasks * (i + 1) / threads;
+  }
   std::atomic<bool> failed{false};
   std::exception_ptr error;  // of the first that failed: none may leave a thread of the pool
-  const auto run = [&](int64_t, int64_t) {
+  const auto run = [&](int64_t thread, int64_t) {
     try {
-      for (int64_t task = next++; task < tasks; task = next++) {
-        const std::unique_ptr<Work>* work = works.data();
-        while (task >= (*work)->tasks) task -= (*work++)->tasks;
-        (*work)->run(task);
+      for (int64_t i = 0; i < threads; ++i) {
+        Share& share = shares[(thread + i) % threads];
+        for (int64_t task = share.next++; task < share.end; task = share.next++) {
+          const std::unique_ptr<Work>* work = works.data();
+          while (task >= (*work)->tasks) task -= (*work++)->tasks;
+          (*work)->run(task);
+        }
       }
     } catch (...) {
       if (!failed.exchange(true)) error = std::current_exception();
     }
   };
-  const int64_t threads = std::min<int64_t>({tasks, torch::stable::get_num_threads(), 1 + size / kThreadSize});
   if (threads > 1) {
     torch::stable::parallel_for(0, threads, 1, run);
-  } else {
+  } else if (threads == 1) {
     run(0, 1);
   }
   if (error) std::rethrow_exception(error);
@@ -138,7 +149,7 @@ struct LowRankTables {
 };
 
 struct RotationTables {
-  Arena blocks;        // rows of [factors, in / block, block, block]
+  Arena reflectors;    // rows as fastpeft/ops/boft_many.py has them
   const int32_t* row;  // [slots]
   int64_t slots, factors, block;
 };

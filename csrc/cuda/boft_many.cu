@@ -19,7 +19,7 @@ void check_arena(const Tensor& arena, const Tensor& table, const char* op, const
 }
 
 // Checks what a shape can tell; numbers that lead outside of the tensors are nobody's.
-Tensor boft_rotate_many(const Tensor& x, const Tensor& arena_blocks, const Tensor& row_blocks, int64_t factors,
+Tensor boft_rotate_many(const Tensor& x, const Tensor& arena_reflectors, const Tensor& row_reflectors, int64_t factors,
                         int64_t b, const Tensor& rows, const Tensor& slots) {
   constexpr char kOp[] = "boft_rotate_many";
   check_rows(x, kOp, "x");
@@ -28,18 +28,17 @@ Tensor boft_rotate_many(const Tensor& x, const Tensor& arena_blocks, const Tenso
   STD_TORCH_CHECK(factors >= 1 && b >= 1 && features % b == 0 &&
                       (factors == 1 || (b % 2 == 0 && factors < 32 && features % (b << (factors - 1)) == 0)),
                   kOp, ": ", factors, " factors of block size ", b, " do not fit ", features, " features");
-  check_arena(arena_blocks, row_blocks, kOp, "arena_blocks", "row_blocks", factors * features * b, x, "x");
+  check_arena(arena_reflectors, row_reflectors, kOp, "arena_reflectors", "row_reflectors",
+              factors * (features / b) * reflector_numbers(b), x, "x");
   check_plan(rows, slots, kOp, x, "x");
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor z = torch::stable::new_empty(x, {tokens, features});
   if (z.numel() == 0) return z;
 
-  const float* const arena = static_cast<const float*>(arena_blocks.const_data_ptr());
-  const int kernel_size = butterfly_kernel_size(b, arena);
   const int max_shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const RotatePlan plan = plan_rotate_many(tokens, features, b, factors, bytes_of(element), max_shared_bytes,
-                                           device_attribute(cudaDevAttrMultiProcessorCount, device), kernel_size);
+  const RotatePlan plan = plan_rotate_many(tokens, features, b, factors, max_shared_bytes,
+                                           device_attribute(cudaDevAttrMultiProcessorCount, device));
   STD_TORCH_CHECK(plan.error == nullptr, kOp, ": x of shape (", tokens, ", ", features, ") with ", factors,
                   " factors of block size ", b, ": ", plan.error, " (", max_shared_bytes, " bytes on this GPU)");
   const RotateArguments args{
@@ -47,20 +46,22 @@ Tensor boft_rotate_many(const Tensor& x, const Tensor& arena_blocks, const Tenso
       .x = x.const_data_ptr(),
       .x_row_stride = x.stride(0),
       .z = z.mutable_data_ptr(),
-      .arena = arena,
-      .arena_rows = arena_blocks.size(0),
-      .row_blocks = numbers_of(row_blocks),
+      .arena = static_cast<const float*>(arena_reflectors.const_data_ptr()),
+      .arena_rows = arena_reflectors.size(0),
+      .row_reflectors = numbers_of(row_reflectors),
       .row_numbers = numbers_of(rows),
       .slot_numbers = numbers_of(slots),
       .tokens = static_cast<int>(tokens),
-      .slots = static_cast<int>(row_blocks.size(0)),
+      .slots = static_cast<int>(row_reflectors.size(0)),
       .features = static_cast<int>(features),
       .factors = static_cast<int>(factors),
       .block_size = static_cast<int>(b),
+      .strip = static_cast<int>(strip_features(features, b, factors)),
       .tile = plan.tile,
   };
-  with_boft_kernel_size(
-      kernel_size, [&]<int B>() { launch_kernel(boft_rotate_many_kernel<B>, plan, current_stream(device), args); });
+  with_boft_kernel_size(boft_kernel_size(b), [&]<int B>() {
+    launch_kernel(boft_rotate_many_kernel<B>, plan, current_stream(device), args);
+  });
   return z;
 }
 

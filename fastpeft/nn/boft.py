@@ -24,7 +24,7 @@ from fastpeft.ops.boft import (
     rotated_linear,
     scale_rows,
 )
-from fastpeft.ops.boft_many import boft_rotate_many, boft_scale_many_
+from fastpeft.ops.boft_many import boft_reflectors, boft_rotate_many, boft_scale_many_, reflectors_width
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,7 @@ class BOFTConfig(AdapterConfig):
 
 @dataclass(frozen=True)
 class BOFTFamily(Family):
-    """Rotations by m factors of blocks of size b, which lie in the arena as the Cayley transform has made them."""
+    """Rotations by m factors of blocks of size b, which lie in the arena as reflections: ops/boft_many.py."""
 
     rotates = True
     block_size: int
@@ -71,21 +71,21 @@ class BOFTFamily(Family):
 
     def columns(self, max_rank: int) -> dict[str, Column]:
         row = Column(empty=-1, numbers_rows=True)
-        return {"row_blocks": row, "row_scale": row}
+        return {"row_reflectors": row, "row_scale": row}
 
     def arenas(self, site: Site, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]] | None:
         if butterfly_misfit(site.in_features, self.block_size, self.factors):
             return None
         wide = torch.promote_types(dtype, torch.float32)
-        width = self.factors * site.in_features * self.block_size
-        return {"arena_blocks": ((width,), wide), "arena_scale": ((site.out_features,), wide)}
+        width = reflectors_width(site.in_features, self.block_size, self.factors)
+        return {"arena_reflectors": ((width,), wide), "arena_scale": ((site.out_features,), wide)}
 
     def enlist(self, calls: Any, number: int, tables: dict[str, Any]) -> None:
         calls.boft(number, **tables, factors=self.factors, block_size=self.block_size)
 
     def rotate(self, x: Tensor, tables: dict[str, Tensor], rows: Tensor, slots: Tensor) -> Tensor:
-        blocks = tables["arena_blocks"], tables["row_blocks"], self.factors, self.block_size
-        return boft_rotate_many(x, *blocks, rows, slots)
+        reflectors = tables["arena_reflectors"], tables["row_reflectors"]
+        return boft_rotate_many(x, *reflectors, self.factors, self.block_size, rows, slots)
 
     def scale_(self, y: Tensor, bias: Tensor | None, tables: dict[str, Tensor], rows: Tensor, slots: Tensor) -> None:
         boft_scale_many_(y, bias, tables["arena_scale"], tables["row_scale"], rows, slots)
@@ -155,28 +155,28 @@ class BOFTAdapter(Adapter):
             tensors[keys[site.path] + "boft_R"] = Expected((factors, site.in_features // size, size, size))
             tensors[keys[site.path] + "boft_s"] = Expected((site.out_features, 1))
         rows, row_scale = stack_rows([(keys[site.path] + "boft_s", True, 1, site.out_features) for site in sites], wide)
-        row_blocks = torch.empty(len(sites), dtype=torch.int64, device="cpu")
+        row_reflectors = torch.empty(len(sites), dtype=torch.int64, device="cpu")
         for features in dict.fromkeys(site.in_features for site in sites):
             members = [i for i, site in enumerate(sites) if site.in_features == features]
-            row_blocks[members] = torch.arange(len(members), device="cpu") + sum(each.count for each in rows)
-            make = cls._make_blocks([keys[sites[i].path] + "boft_R" for i in members], wide)
-            rows.append(Rows(len(members), factors * features * size, wide, make))
+            row_reflectors[members] = torch.arange(len(members), device="cpu") + sum(each.count for each in rows)
+            make = cls._make_reflectors([keys[sites[i].path] + "boft_R" for i in members], factors, wide)
+            rows.append(Rows(len(members), reflectors_width(features, size, factors), wide, make))
 
         def entries(*_: object) -> dict[str, Tensor]:
-            return {"row_blocks": row_blocks, "row_scale": row_scale}
+            return {"row_reflectors": row_reflectors, "row_scale": row_scale}
 
-        numbers = sum(factors * site.in_features * size + site.out_features for site in sites)
+        numbers = sum(reflectors_width(site.in_features, size, factors) + site.out_features for site in sites)
         return Part(BOFTFamily(size, factors), sites, rows, entries, expanded_numbers=numbers)
 
     @staticmethod
-    def _make_blocks(keys: list[str], wide: torch.dtype) -> Callable[[Tensors], Tensor]:
-        """All layers in one call: (layers · m, in / b, b, b)."""
+    def _make_reflectors(keys: list[str], factors: int, wide: torch.dtype) -> Callable[[Tensors], Tensor]:
+        """All layers in one call."""
 
         def make(tensors: Tensors) -> Tensor:
             trained = torch.cat([tensors[key] for key in keys]).to(wide)
             check_finite("boft_R", trained)  # an infinite block may have a finite transform
             with torch.no_grad():
-                return boft_blocks(trained)
+                return boft_reflectors(trained, factors)
 
         return make
 

@@ -66,6 +66,51 @@ def boft_blocks(
     return cayley((boft_R - boft_R.mT) / 2)
 
 
+def reflectors(
+    blocks: Tensor,  # (..., b, b)
+) -> Tensor:  # (..., b (b + 1) / 2 − 1)
+    """Orthogonal blocks of determinant 1 as reflections: Q = H_0 … H_{b−2} D with D = diag(−1, …, −1, 1).
+
+    H_j = I − τ_j v_j v_jᵀ, where v_j is zero before entry j and one there: Householder's QR, with v scaled as LAPACK
+    has it (Golub and Van Loan, Matrix Computations, algorithm 5.2.1), and every column taken to −e_j. A reflector is
+    τ_j and then the entries of v_j after the one. Near the identity v is near e_j and τ near 2, exact numbers.
+    """
+    left, size = blocks.clone(), blocks.shape[-1]
+    rounding = torch.finfo(blocks.dtype).eps ** 2
+    found = []
+    for j in range(size - 1):
+        first, rest = left[..., j, j], left[..., j + 1 :, j].clone()
+        # 1 + first, where that cancels from what the column's length is known to be. Half a turn, which has no such v,
+        # becomes one of a little less.
+        half_turn = (first < 0) & (rest.square().sum(-1) < rounding**2)
+        rest[..., 0] = torch.where(half_turn, rounding, rest[..., 0])
+        height = torch.where(first < 0, rest.square().sum(-1) / (1 - first), 1 + first)
+        v = rest / height[..., None]
+        tau = 2 / (1 + v.square().sum(-1))
+        found += [tau[..., None], v]
+        below = left[..., j + 1 :, j + 1 :]
+        step = tau[..., None] * (left[..., j, j + 1 :] + (v[..., None, :] @ below).squeeze(-2))
+        below -= v[..., :, None] * step[..., None, :]
+    return torch.cat(found, -1) if found else blocks.new_empty(*blocks.shape[:-2], 0)
+
+
+def reflected_blocks(
+    reflectors: Tensor,  # (..., b (b + 1) / 2 − 1)
+    block_size: int,
+) -> Tensor:  # (..., b, b)
+    """The way back: Q = H_0 … H_{b−2} D."""
+    identity = torch.eye(block_size, dtype=reflectors.dtype, device=reflectors.device)
+    result, start = identity.expand(*reflectors.shape[:-1], -1, -1), 0
+    for j in range(block_size - 1):
+        stop = start + block_size - j
+        v = identity[j].expand(*reflectors.shape[:-1], -1).clone()
+        v[..., j + 1 :] = reflectors[..., start + 1 : stop]
+        result = result @ (identity - reflectors[..., start, None, None] * v[..., :, None] * v[..., None, :])
+        start = stop
+    last = block_size - 1
+    return torch.cat([-result[..., :last], result[..., last:]], -1)
+
+
 def boft_linear(
     x: Tensor,  # (..., in)
     weight: Tensor,  # (out, in)

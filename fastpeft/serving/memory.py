@@ -34,9 +34,9 @@ class Buffer:
         """The buffer as rows of a shape, (rows, *shape)."""
         arena = self._arenas.get((shape, dtype))
         if arena is None:
-            width = math.prod(shape)
-            count = min(self.size // (width * dtype.itemsize), MOST_ROWS)
-            arena = self._bytes[: count * width * dtype.itemsize].view(dtype).view(count, *shape)
+            width = math.prod(shape) * dtype.itemsize
+            count = min(self.size // max(width, 1), MOST_ROWS)
+            arena = self._bytes[: count * width].view(dtype).view(count, *shape)
             self._arenas[shape, dtype] = arena
         return arena
 
@@ -73,8 +73,8 @@ class Extents:
 
         The lowest place is taken, so that what is free stays together at the end.
         """
-        if count == 0:
-            return []
+        if count == 0 or width == 0:  # rows of no numbers are anywhere
+            return [(0, count)] if count else []
         pieces: Pieces = []
         missing = count
         for start, stop in self._free:
@@ -94,6 +94,8 @@ class Extents:
     def give(self, pieces: Pieces, width: int) -> None:
         for first, rows in pieces:
             start, stop = first * width, (first + rows) * width
+            if start == stop:
+                continue
             at = bisect.bisect(self._free, (start, stop))
             if at < len(self._free) and self._free[at][0] == stop:
                 stop = self._free.pop(at)[1]

@@ -73,11 +73,10 @@ class Spread {
   char* data_;
 };
 
-template <typename T>
-RotatePlan rotate_plan(const Options& options, int kernel_size) {
-  const RotatePlan plan = plan_rotate_many(options.number("tokens"), options.number("features"), options.number("b"),
-                                           options.number("factors"), sizeof(T), options.number("max_shared"),
-                                           options.number("processors"), kernel_size);
+RotatePlan rotate_plan(const Options& options) {
+  const RotatePlan plan =
+      plan_rotate_many(options.number("tokens"), options.number("features"), options.number("b"),
+                       options.number("factors"), options.number("max_shared"), options.number("processors"));
   if (plan.error) fail(plan.error);
   return plan;
 }
@@ -95,7 +94,9 @@ void run(const std::string& mode, const Options& options) {
   const bool rotates = mode == "rotate";
   const size_t tokens = options.size("tokens"), features = options.size("features");
   const size_t row_bytes = features * sizeof(T), stride = options.size("stride"), offset = options.size("offset");
-  const size_t width = rotates ? options.size("factors") * features * options.size("b") : features;
+  const size_t width = rotates ? options.size("factors") * features / options.size("b") *
+                                     static_cast<size_t>(reflector_numbers(options.number("b")))
+                               : features;
   const std::string before = options.content("x", tokens * row_bytes);
   const Buffer arena = options.file("arena", options.size("arena_rows") * width * sizeof(float),
                                     options.size("arena_offset") * sizeof(float));
@@ -110,8 +111,8 @@ void run(const std::string& mode, const Options& options) {
     const Spread x(before, row_bytes, stride * sizeof(T), offset * sizeof(T));
     const Buffer z(rotates ? before.size() : 0, 0);
     if (rotates) {
-      const int kernel_size = butterfly_kernel_size(options.number("b"), arena.as());
-      const RotatePlan plan = rotate_plan<T>(options, kernel_size);
+      const int64_t b = options.number("b"), factors = options.number("factors");
+      const RotatePlan plan = rotate_plan(options);
       const RotateArguments args{
           .element = kElement<T>,
           .x = x.data(),
@@ -119,17 +120,18 @@ void run(const std::string& mode, const Options& options) {
           .z = z.as(),
           .arena = arena.as<float>(),
           .arena_rows = options.number("arena_rows"),
-          .row_blocks = table.as<int>(),
+          .row_reflectors = table.as<int>(),
           .row_numbers = rows.as<int>(),
           .slot_numbers = slots.as<int>(),
           .tokens = static_cast<int>(tokens),
           .slots = static_cast<int>(options.number("count")),
           .features = static_cast<int>(features),
-          .factors = static_cast<int>(options.number("factors")),
-          .block_size = static_cast<int>(options.number("b")),
+          .factors = static_cast<int>(factors),
+          .block_size = static_cast<int>(b),
+          .strip = static_cast<int>(strip_features(static_cast<int64_t>(features), b, factors)),
           .tile = plan.tile,
       };
-      with_boft_kernel_size(kernel_size, [&]<int B>() {
+      with_boft_kernel_size(boft_kernel_size(b), [&]<int B>() {
         launch(plan.grid, plan.block, shared, static_cast<size_t>(plan.shared_bytes), seed,
                [&] { boft_rotate_many_kernel<B>(args); });
       });
@@ -167,10 +169,10 @@ void run(const std::string& mode, const Options& options) {
 template <typename T>
 void print_plan(const std::string& mode, const Options& options) {
   if (mode == "plan_rotate") {
-    const RotatePlan plan = rotate_plan<T>(options, boft_kernel_size(options.number("b")));
+    const RotatePlan plan = rotate_plan(options);
     std::cout << "{\"grid\": " << plan.grid.x << ", \"block\": [" << plan.block.x << ", " << plan.block.y
               << "], \"shared_bytes\": " << plan.shared_bytes << ", \"positions\": " << plan.tile.positions
-              << ", \"features\": " << plan.tile.features << ", \"across\": " << plan.tile.across << "}\n";
+              << ", \"strips\": " << plan.tile.strips << ", \"across\": " << plan.tile.across << "}\n";
   } else {
     const ScaleManyPlan plan = scale_plan<T>(options, options.number("packed") != 0);
     std::cout << "{\"grid\": " << plan.grid.x << ", \"positions\": " << plan.positions

@@ -24,24 +24,23 @@ template <typename T>
 std::map<std::string, unsigned> count(int64_t tokens, int64_t features, int64_t b, int64_t factors, int64_t processors,
                                       int64_t offset) {
   const size_t padded = static_cast<size_t>(tokens * features) * sizeof(T) / 16 + 2;
-  std::vector<Aligned> x(padded), z(padded), arena(static_cast<size_t>(factors * features * b) / 4 + 1);
+  std::vector<Aligned> x(padded), z(padded);
+  std::vector<float> arena(static_cast<size_t>(factors * (features / b) * reflector_numbers(b)));
   std::vector<int> rows(static_cast<size_t>(tokens)), slots(rows.size(), 0);
   std::iota(rows.begin(), rows.end(), 0);
   const int table = 0;
 
   const std::span shared = std::as_writable_bytes(std::span(shared_memory));
-  const int kernel_size = butterfly_kernel_size(b, arena.data());
-  const RotatePlan plan =
-      plan_rotate_many(tokens, features, b, factors, sizeof(T), kMaxShared, processors, kernel_size);
+  const RotatePlan plan = plan_rotate_many(tokens, features, b, factors, kMaxShared, processors);
   if (plan.error) fail(plan.error);
   const RotateArguments args{
       .element = kElement<T>,
       .x = reinterpret_cast<T*>(x.data()) + offset,
       .x_row_stride = features,
       .z = z.data(),
-      .arena = reinterpret_cast<float*>(arena.data()),
+      .arena = arena.data(),
       .arena_rows = 1,
-      .row_blocks = &table,
+      .row_reflectors = &table,
       .row_numbers = rows.data(),
       .slot_numbers = slots.data(),
       .tokens = static_cast<int>(tokens),
@@ -49,10 +48,11 @@ std::map<std::string, unsigned> count(int64_t tokens, int64_t features, int64_t 
       .features = static_cast<int>(features),
       .factors = static_cast<int>(factors),
       .block_size = static_cast<int>(b),
+      .strip = static_cast<int>(strip_features(features, b, factors)),
       .tile = plan.tile,
   };
   cuda_host::Banks banks(shared);
-  with_boft_kernel_size(kernel_size, [&]<int B>() {
+  with_boft_kernel_size(boft_kernel_size(b), [&]<int B>() {
     launch(plan.grid, plan.block, shared, static_cast<size_t>(plan.shared_bytes), 0,
            [&] { boft_rotate_many_kernel<B>(args); });
   });
