@@ -104,7 +104,7 @@ def check_everything(program: Path) -> subprocess.CompletedProcess:
 def test_loops_match_float64_inside_their_buffers(programs, isa):
     result = check_everything(programs[isa])
     assert result.returncode == 0, result.stderr
-    for table in ("butterfly", "scale", "cayley", "fourier", "fourier_many", "lora"):
+    for table in ("butterfly", "butterfly_many", "scale", "cayley", "fourier", "fourier_many", "lora"):
         assert f"{isa} {table}" in result.stdout
 
 

@@ -1,6 +1,9 @@
 // The butterfly product, the scaling of the layer's output and the Cayley transform.
+#include <cmath>
+
 #include "check.h"
 #include "checks.h"
+#include "common/boft_reflectors.h"
 #include "loops.h"
 
 namespace fastpeft::check {
@@ -287,6 +290,25 @@ struct Cayley {
   }
 };
 
+// H_0 ... H_{b-2} D, of number(n) in the order of fastpeft/ops/boft_many.py.
+template <typename Number>
+Matrix reflected(int64_t block, Number number) {
+  Matrix result = zeros(block);
+  for (int64_t i = 0; i < block; ++i) result[i][i] = 1.0;
+  for (int64_t j = 0, n = 0; j + 1 < block; n += block - j, ++j) {
+    const auto v = [&](int64_t a) { return a == j ? 1.0 : number(n + a - j); };
+    for (auto& row : result) {
+      double along = 0.0;
+      for (int64_t a = j; a < block; ++a) along += row[a] * v(a);
+      for (int64_t a = j; a < block; ++a) row[a] -= number(n) * along * v(a);
+    }
+  }
+  for (auto& row : result) {
+    for (int64_t j = 0; j + 1 < block; ++j) row[j] = -row[j];
+  }
+  return result;
+}
+
 // Entries up to `scale`: from one on the solution is refined.
 void check_cayley(int64_t count, int64_t block, float scale) {
   const std::string size =
@@ -303,6 +325,29 @@ void check_cayley(int64_t count, int64_t block, float scale) {
     const Cayley& of = wanted[i / entries];
     const int64_t row = i % entries / block, column = i % block;
     return Within{of.q[row][column], of.bound[row][column]};
+  });
+
+  now = "cayley.reflectors" + size;
+  const int64_t apart = entries + 3, lanes = count + 2, kinds = reflector_numbers(block);
+  Buffer spread = Buffer::floats("cayley.reflectors.r", count * apart - 3);
+  spread.set([&](int64_t, int64_t i) { return i % apart < entries ? r[i / apart * entries + i % apart] : NAN; });
+  const Buffer numbers = Buffer::floats("cayley.numbers", kinds > 0 ? (kinds - 1) * lanes + count : 0);
+  loops.cayley.reflectors(spread.floats(), apart, count, block, numbers.floats(), lanes, scratch.floats());
+  const auto number = [&](int64_t n, int64_t k) { return double(numbers.floats()[n * lanes + k]); };
+  Buffer again = Buffer::floats("", count * entries);
+  std::vector<Matrix> products;
+  for (int64_t k = 0; k < count; ++k) products.push_back(reflected(block, [&](int64_t n) { return number(n, k); }));
+  again.set([&](int64_t, int64_t i) { return products[i / entries][i % entries / block][i % block]; });
+  again.expect([&](int64_t, int64_t i) {
+    const Cayley& of = wanted[i / entries];
+    // Each reflection disturbs a column of length one by so many roundings (Higham, theorem 19.4); and what is wrong in
+    // Q, all of it at worst, is so twice, because a product of reflections is orthogonal.
+    double all = 0.0;
+    for (const auto& row : of.bound) {
+      for (const double entry : row) all += entry * entry;
+    }
+    return Within{of.q[i % entries / block][i % block],
+                  2.0 * std::sqrt(all) + double((block - 1) * (block + 8) + 2) * kUnit};
   });
 
   now = "cayley.bwd" + size;

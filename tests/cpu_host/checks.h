@@ -4,6 +4,7 @@
 namespace fastpeft::check {
 
 void check_butterfly();
+void check_butterfly_many();
 void check_scale();
 void check_cayley();
 void check_fourier();

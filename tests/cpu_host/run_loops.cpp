@@ -37,13 +37,10 @@ void check_scratch() {
 
 void run(const std::string& only) {
   const std::pair<const char*, void (*)()> checks[] = {
-      {"butterfly", check_butterfly},
-      {"scale", check_scale},
-      {"cayley", check_cayley},
-      {"fourier", check_fourier},
-      {"fourier_many", check_fourier_many},
-      {"lora", check_lora},
-      {"scratch", check_scratch},
+      {"butterfly", check_butterfly}, {"butterfly_many", check_butterfly_many},
+      {"scale", check_scale},         {"cayley", check_cayley},
+      {"fourier", check_fourier},     {"fourier_many", check_fourier_many},
+      {"lora", check_lora},           {"scratch", check_scratch},
   };
   for (const auto& [name, check] : checks) {
     if (only.empty() || only == name) check();

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "check.h"
+#include "common/boft_reflectors.h"
 #include "cpu/scratch.h"
 #include "loops.h"
 
@@ -104,19 +105,39 @@ void run_scale(Scalar scalar) {
   });
 }
 
+void run_butterfly_many(Scalar scalar) {
+  const int64_t tokens = 67, features = 48, block = 8, factors = 2;
+  const ReflectorShape shape{features, block, factors, strip_features(features, block, factors), scalar};
+  Buffer x("x", scalar, tokens, features);
+  Buffer reflectors = Buffer::floats("reflectors", factors * (features / block) * reflector_numbers(block));
+  x.fill(), reflectors.fill();
+  check_threads("butterfly_many", [&](int threads) {
+    const Buffer z("z", scalar, tokens, features);
+    parallel_tiles(threads, tokens, 9, [&](int64_t first, int64_t count) {
+      Scratch scratch(loops.butterfly_many.scratch_floats(shape));
+      loops.butterfly_many.rotate(shape, count, x.rows(first), reflectors.floats(), z.mutable_rows(first),
+                                  scratch.data());
+    });
+    return z.bits();
+  });
+}
+
 void run_cayley() {
   const int64_t count = 37, block = 5, lanes = loops.cayley.lanes;
   Buffer r("r", Scalar::float32, count, block * block), grad("grad", Scalar::float32, count, block * block);
   r.fill(), grad.fill();
   check_threads("cayley", [&](int threads) {
     const Buffer q("q", Scalar::float32, count, block * block), dr("dr", Scalar::float32, count, block * block);
+    const Buffer numbers("numbers", Scalar::float32, reflector_numbers(block), count);
     parallel_tiles(threads, count, lanes, [&](int64_t first, int64_t size) {
       Scratch scratch(loops.cayley.scratch_floats(block));
       const int64_t offset = first * block * block;
       loops.cayley.fwd(r.floats() + offset, size, block, q.floats() + offset, scratch.data());
       loops.cayley.bwd(grad.floats() + offset, q.floats() + offset, size, block, dr.floats() + offset, scratch.data());
+      loops.cayley.reflectors(r.floats() + offset, block * block, size, block, numbers.floats() + first, count,
+                              scratch.data());
     });
-    return q.bits() + dr.bits();
+    return q.bits() + dr.bits() + numbers.bits();
   });
 }
 
@@ -260,6 +281,7 @@ int main(int argc, char** argv) {
   }
   for (const Scalar scalar : kScalars) {
     run_butterfly(scalar, 0);
+    run_butterfly_many(scalar);
     run_scale(scalar);
     run_lora(scalar, 1, 37);
     run_lora(scalar, 3, 19);
