@@ -6,6 +6,7 @@
 // whole vectors.
 #include "cpu/boft_cayley_loops.h"
 
+#include "cpu/boft_sizes.h"
 #include "cpu/simd.h"
 
 namespace fastpeft::FASTPEFT_ISA {
@@ -215,33 +216,15 @@ void bwd_size(const float* grad, const float* q, int64_t count, int64_t runtime_
   store_blocks(g, count, dr);
 }
 
-template <typename Call>
-inline void with_size(int64_t block, Call call) {
-  switch (block) {
-    case 2:
-      return call.template operator()<2>();
-    case 4:
-      return call.template operator()<4>();
-    case 8:
-      return call.template operator()<8>();
-    case 16:
-      return call.template operator()<16>();
-    case 32:
-      return call.template operator()<32>();
-    default:
-      return call.template operator()<0>();
-  }
-}
-
 void fwd(const float* r, int64_t count, int64_t block, float* q, float* scratch) {
-  with_size(block, [&]<int64_t kSize>() {
+  with_block_size(block, [&]<int64_t kSize>() {
     store_blocks(transform<kSize>(r, block * block, count, block, scratch), count, q);
   });
 }
 
 void reflectors(const float* r, int64_t apart, int64_t count, int64_t block, float* numbers, int64_t lanes,
                 float* scratch) {
-  with_size(block, [&]<int64_t kSize>() {
+  with_block_size(block, [&]<int64_t kSize>() {
     factor_into_reflections(transform<kSize>(r, apart, count, block, scratch), [&](int64_t n, Vector number) {
       if (count == kLanes) {
         store_vector(numbers + n * lanes, number);
@@ -253,7 +236,7 @@ void reflectors(const float* r, int64_t apart, int64_t count, int64_t block, flo
 }
 
 void bwd(const float* grad, const float* q, int64_t count, int64_t block, float* dr, float* scratch) {
-  with_size(block, [&]<int64_t kSize>() { bwd_size<kSize>(grad, q, count, block, dr, scratch); });
+  with_block_size(block, [&]<int64_t kSize>() { bwd_size<kSize>(grad, q, count, block, dr, scratch); });
 }
 
 }  // namespace

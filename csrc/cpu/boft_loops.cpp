@@ -9,6 +9,7 @@
 
 #include "cpu/boft_places.h"
 #include "cpu/boft_rows.h"
+#include "cpu/boft_sizes.h"
 #include "cpu/tile.h"
 
 namespace fastpeft::FASTPEFT_ISA {
@@ -181,23 +182,8 @@ void bwd_tiles(const ButterflyShape& shape, ButterflyRange range, int64_t tokens
 // Picks the specialisation for the element type and the block size.
 template <typename Call>
 inline void dispatch(const ButterflyShape& shape, Call call) {
-  const auto with_block = [&]<typename T>(T) {
-    switch (shape.block) {
-      case 2:
-        return call.template operator()<T, 2>();
-      case 4:
-        return call.template operator()<T, 4>();
-      case 8:
-        return call.template operator()<T, 8>();
-      case 16:
-        return call.template operator()<T, 16>();
-      case 32:
-        return call.template operator()<T, 32>();
-      default:
-        return call.template operator()<T, 0>();
-    }
-  };
-  with_scalar(shape.scalar, with_block);
+  with_scalar(shape.scalar,
+              [&]<typename T>(T) { with_block_size(shape.block, [&]<int B>() { call.template operator()<T, B>(); }); });
 }
 
 void fwd(const ButterflyShape& shape, ButterflyRange range, int64_t tokens, Rows x, const float* blocks, MutableRows y,

@@ -5,7 +5,8 @@
 #include "cpu/boft_many_loops.h"
 
 #include "common/boft_reflectors.h"
-#include "cpu/simd.h"
+#include "cpu/boft_places.h"
+#include "cpu/boft_sizes.h"
 #include "cpu/tile.h"
 
 namespace fastpeft::FASTPEFT_ISA {
@@ -97,27 +98,26 @@ inline void rotate_any(Vector* low, Vector* high, int64_t b, const float* number
   }
 }
 
-// T tokens that lie in tiles: `groups` of strip vectors, a strip in each lane.
+// T tokens that lie in tiles: a strip in each lane, and the vectors of the next strips behind those of the first.
 template <int B, int T>
 void rotate_tiles(const ReflectorShape& shape, Vector* tiles, int64_t apart, const float* reflectors) {
-  const int64_t b = B > 0 ? B : shape.block, half = b / 2, lanes = shape.features / shape.strip;
+  const int64_t b = B > 0 ? B : shape.block, lanes = shape.features / shape.strip;
   const int64_t places = shape.strip / b, numbers = reflector_numbers(b) * lanes, whole = lanes / kLanes * kLanes;
-  const auto rotate = [&](int64_t low, int64_t high, int64_t lane, const float* own, auto load) {
+  const auto rotate = [&](Place at, int64_t lane, const float* own, auto load) {
     Vector* const tile = tiles + lane / kLanes * shape.strip;
     if constexpr (B > 0) {
-      rotate_block<B, T>(tile + low, tile + high, apart, own + lane, lanes, load);
+      rotate_block<B, T>(tile + at.low, tile + at.high, apart, own + lane, lanes, load);
     } else {
-      rotate_any(tile + low, tile + high, b, own + lane, lanes, load);
+      rotate_any(tile + at.low, tile + at.high, b, own + lane, lanes, load);
     }
   };
   for (int64_t factor = shape.factors - 1; factor >= 0; --factor) {
-    const int64_t others = (int64_t(1) << factor) - 1;
     const float* own = reflectors + factor * places * numbers;
-    for (int64_t k = 0; k < places; ++k, own += numbers) {
-      const int64_t low = (k & ~others) * b + (k & others) * half, high = low + (half << factor);
-      for (int64_t lane = 0; lane < whole; lane += kLanes) rotate(low, high, lane, own, WholeVector{});
-      if (whole < lanes) rotate(low, high, whole, own, SomeLanes{lanes - whole});
-    }
+    for_each_block({0, shape.strip}, b, factor, [&](Place at) {
+      for (int64_t lane = 0; lane < whole; lane += kLanes) rotate(at, lane, own, WholeVector{});
+      if (whole < lanes) rotate(at, whole, own, SomeLanes{lanes - whole});
+      own += numbers;
+    });
   }
 }
 
@@ -159,22 +159,8 @@ void rotate(const ReflectorShape& shape, int64_t tokens, Rows x, const float* re
     }
     for (; t < tokens; ++t) rotate_tokens<T, B, 1>(shape, t, x, reflectors, z, tiles);
   };
-  with_scalar(shape.scalar, [&]<typename T>(T) {
-    switch (shape.block) {
-      case 2:
-        return run.template operator()<T, 2>();
-      case 4:
-        return run.template operator()<T, 4>();
-      case 8:
-        return run.template operator()<T, 8>();
-      case 16:
-        return run.template operator()<T, 16>();
-      case 32:
-        return run.template operator()<T, 32>();
-      default:
-        return run.template operator()<T, 0>();
-    }
-  });
+  with_scalar(shape.scalar,
+              [&]<typename T>(T) { with_block_size(shape.block, [&]<int B>() { run.template operator()<T, B>(); }); });
 }
 
 }  // namespace
